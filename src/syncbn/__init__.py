@@ -1,0 +1,56 @@
+"""syncbn: synchronized batch normalization for Keras 3.
+
+R replicas give what one device gives on the whole global batch. Public names are imported when
+they are first used, so that importing the package imports no framework.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from syncbn.errors import (
+        InputError,
+        NotSynchronizableError,
+        SyncbnError,
+        UnsupportedFeatureError,
+    )
+    from syncbn.layer import SyncBatchNormalization
+
+__version__ = "0.1.0"
+
+_MODULE_OF = {
+    "InputError": "syncbn.errors",
+    "NotSynchronizableError": "syncbn.errors",
+    "SyncBatchNormalization": "syncbn.layer",
+    "SyncbnError": "syncbn.errors",
+    "UnsupportedFeatureError": "syncbn.errors",
+}
+
+__all__ = [
+    "InputError",
+    "NotSynchronizableError",
+    "SyncBatchNormalization",
+    "SyncbnError",
+    "UnsupportedFeatureError",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'syncbn' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_MODULE_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULE_OF})
+
+
+# Keras loads a saved layer only if its class is registered, and registering it takes the class.
+# Where Keras is there already, `import syncbn` is enough to load a saved model.
+if hasattr(sys.modules.get("keras"), "layers"):
+    importlib.import_module("syncbn.layer")

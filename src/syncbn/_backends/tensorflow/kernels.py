@@ -1,0 +1,128 @@
+"""Passes over a rank-4 channels-last view of the input: its moments, its normalization, its gradient.
+
+Two kernels with the same three functions: `fused`, from TensorFlow's own fused batch normalization,
+and `composed`, which also serves float64 and can be differentiated any number of times. None of
+them looks beyond its replica.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import tensorflow as tf
+
+from syncbn._backends.tensorflow.namespace import xp
+from syncbn.moments import Moments, positive_or_one
+
+__all__ = ["CotangentSums", "Scaling", "composed", "kernel_for"]
+
+_AXES = (0, 1, 2)
+
+
+class Scaling(NamedTuple):
+    """The C-sized vectors that normalize: `y = (x − mean) · gamma / √(variance + epsilon) + beta`."""
+
+    mean: Any  # shape (C,)
+    variance: Any  # shape (C,), biased
+    gamma: Any  # shape (C,)
+    beta: Any  # shape (C,)
+    epsilon: float
+
+    def inverse_deviation(self) -> Any:
+        """`1 / √(variance + epsilon)`, shape (C,)."""
+        return tf.math.rsqrt(self.variance + self.epsilon)
+
+
+class CotangentSums(NamedTuple):
+    """What the gradient needs to know of a whole batch, a channel each."""
+
+    outputs: Any  # shape (C,): Σ dy; also the gradient of beta
+    normalized: Any  # shape (C,): Σ dy·x̂; also the gradient of gamma
+
+
+def kernel_for(dtype: Any) -> SimpleNamespace:
+    """The kernel for inputs of this dtype: TensorFlow has fused ones for all but float64."""
+    return composed if dtype == tf.float64 else fused
+
+
+def _count(x: Any, dtype: Any) -> Any:
+    """Elements a channel, as a scalar: a constant where the shape is known."""
+    height, width, depth = (x.shape[axis] for axis in _AXES)
+    if None not in (height, width, depth):
+        return tf.constant(height * width * depth, dtype)
+    return tf.cast(tf.reduce_prod(tf.shape(x, out_type=tf.int64)[:3]), dtype)
+
+
+def _fused_moments(x: Any) -> Moments:
+    """Moments in float32. The normalized output of the fused kernel is dropped."""
+    channels = x.shape[3]
+    outputs = tf.raw_ops.FusedBatchNormV3(
+        x=x,
+        scale=tf.ones(channels),
+        offset=tf.zeros(channels),
+        mean=tf.zeros(0),
+        variance=tf.zeros(0),
+        is_training=True,
+    )
+    count = _count(x, tf.float32)
+    # The kernel returns the unbiased variance, and NaN of an empty batch, which must not travel.
+    empty = tf.equal(count, 0)
+    mean = tf.where(empty, 0.0, outputs.batch_mean)
+    m2 = tf.where(empty, 0.0, outputs.batch_variance) * tf.maximum(count - 1, 0)
+    return Moments(count, mean, m2)
+
+
+def _fused_apply(x: Any, scaling: Scaling) -> Any:
+    """`(x − mean) · gamma / √(variance + epsilon) + beta`, in x's dtype, by way of float32."""
+    return tf.raw_ops.FusedBatchNormV3(
+        x=x,
+        scale=scaling.gamma,
+        offset=scaling.beta,
+        mean=scaling.mean,
+        variance=scaling.variance,
+        epsilon=scaling.epsilon,
+        is_training=False,
+    ).y
+
+
+def _fused_backward(dy: Any, x: Any, scaling: Scaling) -> tuple[Any, CotangentSums]:
+    """`dy · gamma / √(variance + epsilon)` and the local sums."""
+    gradients = tf.raw_ops.FusedBatchNormGradV3(
+        y_backprop=dy,
+        x=x,
+        scale=scaling.gamma,
+        reserve_space_1=scaling.mean,
+        reserve_space_2=scaling.variance,
+        reserve_space_3=tf.zeros(0),
+        epsilon=scaling.epsilon,
+        is_training=False,
+    )
+    return gradients.x_backprop, CotangentSums(gradients.offset_backprop, gradients.scale_backprop)
+
+
+def _composed_moments(x: Any) -> Moments:
+    """Moments in x's dtype, in two passes: first the mean, then the deviations from it."""
+    count = _count(x, x.dtype)
+    mean = tf.reduce_sum(x, axis=_AXES) / positive_or_one(count, xp)
+    return Moments(count, mean, tf.reduce_sum(tf.math.squared_difference(x, mean), axis=_AXES))
+
+
+def _composed_apply(x: Any, scaling: Scaling) -> Any:
+    scale = scaling.gamma * scaling.inverse_deviation()
+    return (x - scaling.mean) * scale + scaling.beta
+
+
+def _composed_backward(dy: Any, x: Any, scaling: Scaling) -> tuple[Any, CotangentSums]:
+    inverse = scaling.inverse_deviation()
+    sums = CotangentSums(
+        outputs=tf.reduce_sum(dy, axis=_AXES),
+        normalized=tf.reduce_sum(dy * (x - scaling.mean), axis=_AXES) * inverse,
+    )
+    return dy * (scaling.gamma * inverse), sums
+
+
+fused = SimpleNamespace(moments=_fused_moments, apply=_fused_apply, backward=_fused_backward)
+composed = SimpleNamespace(
+    moments=_composed_moments, apply=_composed_apply, backward=_composed_backward
+)

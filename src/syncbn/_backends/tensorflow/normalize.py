@@ -1,0 +1,178 @@
+"""Normalization by the moments of the global batch, with its gradient, on TensorFlow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import tensorflow as tf
+
+from syncbn._backends.tensorflow import collectives, kernels
+from syncbn._backends.tensorflow.kernels import CotangentSums, Scaling
+from syncbn._backends.tensorflow.namespace import xp
+from syncbn.moments import Moments, positive_or_one
+
+__all__ = ["normalize_by_global_batch"]
+
+
+def normalize_by_global_batch(
+    inputs: Any, gamma: Any | None, beta: Any | None, axis: int, epsilon: float
+) -> tuple[Any, Moments]:
+    """Normalize by the moments of the concatenated batch of all replicas.
+
+    `y = (x − mean) · gamma / √(variance + epsilon) + beta`, and for a cotangent dy of y
+
+        dx = gamma / √(variance + epsilon) · (dy − Σ dy / n − x̂ · Σ dy·x̂ / n)
+
+    where mean, the biased variance, n and both sums are over all replicas. The gradients of gamma
+    and beta are those of this replica's part (`Σ dy·x̂` and `Σ dy` over it): training adds them up
+    over the replicas, as it does those of every other weight.
+
+    One collective forward and one for each order of the gradient; none for one replica. The
+    gradient keeps the input and vectors of the size of the channels.
+
+    Args:
+        inputs: float64, float32, bfloat16 or float16, any rank, any size but the channels may be
+            unknown, and 0.
+        gamma: shape (C,), or None for ones.
+        beta: shape (C,), or None for zeros.
+        axis: that of the channels.
+        epsilon: added to the variance.
+
+    Returns:
+        The outputs, in the dtype of the inputs, and the global moments: float32, or float64 for
+        float64 inputs.
+
+    Raises:
+        NotSynchronizableError: the replicas cannot meet here.
+
+    References:
+        Ioffe, Szegedy, "Batch Normalization", arXiv:1502.03167, 2015 (the gradient: section 3).
+    """
+    channels = inputs.shape[axis]
+    dtype = _statistics_dtype(inputs.dtype)
+    to_view, from_view = _channels_last_views(inputs, axis)
+    # Statistics are not part of what is differentiated here: the gradient below knows of them.
+    constant = to_view(tf.stop_gradient(inputs))
+    local = kernels.kernel_for(constant.dtype).moments(constant)
+    moments = _cast(collectives.global_moments(local), dtype)
+    variance = moments.variance(xp)
+
+    @tf.custom_gradient
+    def normalize(x: Any, gamma: Any, beta: Any) -> tuple[Any, Callable[..., tuple[Any, ...]]]:
+        scaling = Scaling(moments.mean, variance, gamma, beta, epsilon)
+        view = to_view(x)
+
+        def gradient(dy: Any) -> tuple[Any, Any, Any]:
+            dx, sums = _gradient(to_view(dy), to_view(x), scaling, moments)
+            return from_view(dx), sums.normalized, sums.outputs
+
+        return from_view(kernels.kernel_for(view.dtype).apply(view, scaling)), gradient
+
+    outputs = normalize(
+        inputs,
+        tf.ones(channels, dtype) if gamma is None else tf.cast(gamma, dtype),
+        tf.zeros(channels, dtype) if beta is None else tf.cast(beta, dtype),
+    )
+    return outputs, moments
+
+
+def _gradient(dy: Any, x: Any, scaling: Scaling, moments: Moments) -> tuple[Any, CotangentSums]:
+    """The gradient for one replica, by the fast kernels, itself differentiable."""
+
+    @tf.custom_gradient
+    def fast(dy: Any, x: Any, gamma: Any) -> tuple[Any, Callable[..., Any]]:
+        def second_order(*cotangents: Any) -> Any:
+            # The moments depend on x, and here that counts: compute them again, from operations
+            # that TensorFlow can derive. Two more collectives, paid by gradients of gradients only.
+            with tf.GradientTape() as tape:
+                tape.watch((dy, x, gamma))
+                wide = tf.cast(x, _statistics_dtype(x.dtype))
+                again = collectives.global_moments(kernels.composed.moments(wide))
+                results = _gradient_by(
+                    kernels.composed,
+                    dy,
+                    x,
+                    Scaling(again.mean, again.variance(xp), gamma, scaling.beta, scaling.epsilon),
+                    again,
+                )
+            return tape.gradient(
+                results,
+                (dy, x, gamma),
+                output_gradients=cotangents,
+                unconnected_gradients=tf.UnconnectedGradients.ZERO,
+            )
+
+        kernel = kernels.kernel_for(_statistics_dtype(x.dtype))
+        return _gradient_by(kernel, dy, x, scaling, moments), second_order
+
+    dx, *sums = fast(dy, x, scaling.gamma)
+    return dx, CotangentSums(*sums)
+
+
+def _gradient_by(
+    kernel: SimpleNamespace, dy: Any, x: Any, scaling: Scaling, moments: Moments
+) -> tuple[Any, Any, Any]:
+    """dx, and this replica's sums for beta and gamma."""
+    # In half precision the three terms of dx would each be rounded, and their small sum lost.
+    dtype = _statistics_dtype(x.dtype)
+    wide_dy, wide_x = tf.cast(dy, dtype), tf.cast(x, dtype)
+    moments, scaling = _cast(moments, dtype), _cast(scaling, dtype)
+    scaled, sums = kernel.backward(wide_dy, wide_x, scaling)
+    total = _sum_over_replicas(sums)
+    factor = scaling.gamma * scaling.inverse_deviation() / positive_or_one(moments.count, xp)
+    # −gamma/√(…)·(x̂·Σ dy·x̂ + Σ dy)/n has the form of a normalization of x: one more fused pass.
+    correction = kernel.apply(
+        wide_x, scaling._replace(gamma=-factor * total.normalized, beta=-factor * total.outputs)
+    )
+    return tf.cast(scaled + correction, x.dtype), sums.outputs, sums.normalized
+
+
+def _sum_over_replicas(sums: CotangentSums) -> CotangentSums:
+    if collectives.replica_count() == 1:
+        return sums
+    packed = collectives.sum_over_replicas(tf.stack(sums))
+    return CotangentSums(packed[0], packed[1])
+
+
+def _statistics_dtype(dtype: Any) -> Any:
+    return tf.float64 if dtype == tf.float64 else tf.float32
+
+
+def _cast(vectors: Any, dtype: Any) -> Any:
+    """Moments or a Scaling in another dtype; numbers that are not tensors stay."""
+    parts = (tf.cast(part, dtype) if tf.is_tensor(part) else part for part in vectors)
+    return type(vectors)(*parts)
+
+
+def _channels_last_views(
+    inputs: Any, axis: int
+) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
+    """Functions from the shape of the inputs to a rank-4 channels-last view, and back.
+
+    Channels that are not last are transposed: on a CPU the fused kernels take 5.9 ms for
+    [16, 64, 56, 56] as it lies, 3.1 ms with the transposition.
+    """
+    rank = inputs.shape.rank
+    axis %= rank
+    channels = inputs.shape[axis]
+    if axis == rank - 1 and rank == 4:
+        return _unchanged, _unchanged
+    shape = inputs.shape if inputs.shape.is_fully_defined() else tf.shape(inputs)
+    if axis == rank - 1:
+        return (
+            lambda tensor: tf.reshape(tensor, (-1, 1, 1, channels)),
+            lambda view: tf.reshape(view, shape),
+        )
+    to_last = [*range(axis), *range(axis + 1, rank), axis]
+    from_last = [*range(axis), rank - 1, *range(axis, rank - 1)]
+    transposed_shape = tf.gather(shape, to_last)
+    return (
+        lambda tensor: tf.reshape(tf.transpose(tensor, to_last), (-1, 1, 1, channels)),
+        lambda view: tf.transpose(tf.reshape(view, transposed_shape), from_last),
+    )
+
+
+def _unchanged(tensor: Any) -> Any:
+    return tensor

@@ -1,0 +1,31 @@
+"""The errors that syncbn raises, each of which says what was required, what was found, what to do.
+
+SyncbnError
+├── NotSynchronizableError   (RuntimeError)  synchronizing was asked for and cannot happen here
+├── UnsupportedFeatureError  (ValueError)    an argument or input that this version cannot serve yet
+└── InputError               (ValueError)    data or settings of a job that cannot be used
+"""
+
+from __future__ import annotations
+
+__all__ = ["InputError", "NotSynchronizableError", "SyncbnError", "UnsupportedFeatureError"]
+
+
+class SyncbnError(Exception):
+    """Base of every error that syncbn raises itself."""
+
+
+class NotSynchronizableError(SyncbnError, RuntimeError):
+    """Synchronizing was asked for and cannot happen in this place.
+
+    The layer never falls back to the statistics of one replica: a model that trains on local
+    statistics looks healthy and is wrong.
+    """
+
+
+class UnsupportedFeatureError(SyncbnError, ValueError):
+    """An argument or an input that batch normalization knows and this version does not serve yet."""
+
+
+class InputError(SyncbnError, ValueError):
+    """Data or settings of a job that cannot be used; the command line ends with exit code 2."""

@@ -1,0 +1,81 @@
+"""Moments of a set of elements, and how the moments of several sets become those of their union.
+
+Pure maths over any array namespace `xp` that offers `concatenate`, `maximum`, `sum`, `where` and
+`zeros_like` as NumPy defines them, so that there is one copy for every backend and the tests.
+
+Two forms travel between replicas, both of a size that does not depend on the elements:
+
+* the *sum form* `(n, n·mean, M2 + n·mean²)`, 2C+1 numbers that merge by plain addition. It needs
+  float64: at mean/std = 1e4 the last term carries eight digits of mean² before the first digit of
+  the variance;
+* the *table form*, one row `(n, mean, M2)` a replica, merged by Chan's formula. It keeps float32's
+  accuracy where float64 does not exist, at R times the size.
+
+References:
+    Chan, Golub, LeVeque, "Updating formulae and a pairwise algorithm for computing sample
+    variances", Stanford STAN-CS-79-773, 1979.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+__all__ = ["Moments", "merge_table", "pack_row", "pack_sums", "unpack_sums"]
+
+
+class Moments(NamedTuple):
+    """Count, mean and sum of squared deviations of the elements of each channel."""
+
+    count: Any  # shape (): how many elements each channel has; may be 0
+    mean: Any  # shape (C,); 0 where count is 0
+    m2: Any  # shape (C,): Σ (x − mean)²; 0 where count is 0
+
+    def variance(self, xp: Any) -> Any:
+        """Biased variance `M2 / n`, shape (C,), as Keras keeps it; 0 for an empty set."""
+        return self.m2 / positive_or_one(self.count, xp)
+
+
+def positive_or_one(count: Any, xp: Any) -> Any:
+    """The count as a safe divisor: of an empty set every sum is 0, so any divisor serves."""
+    return xp.where(count > 0, count, xp.zeros_like(count) + 1)
+
+
+def pack_sums(moments: Moments, xp: Any) -> Any:
+    """The sum form, shape (2C+1,): `(n, n·mean, M2 + n·mean²)`. Its inputs should be float64."""
+    count, mean, m2 = moments
+    total = count * mean
+    return xp.concatenate([count[None], total, m2 + total * mean])
+
+
+def unpack_sums(payload: Any, xp: Any) -> Moments:
+    """Moments of the union, from the sum over all sets of their sum forms."""
+    channels = (payload.shape[0] - 1) // 2
+    count = payload[0]
+    mean = payload[1 : 1 + channels] / positive_or_one(count, xp)
+    m2 = payload[1 + channels :] - count * mean * mean
+    # Rounding may leave a constant channel a hair below zero, of which rsqrt would make NaN.
+    return Moments(count, mean, xp.maximum(m2, xp.zeros_like(m2)))
+
+
+def pack_row(moments: Moments, xp: Any) -> Any:
+    """One row of the table form, shape (2C+1,): `(n, mean, M2)`."""
+    count, mean, m2 = moments
+    return xp.concatenate([count[None], mean, m2])
+
+
+def merge_table(table: Any, xp: Any) -> Moments:
+    """Moments of the union, from a table of shape (R, 2C+1) with one row a set.
+
+    What is summed are the deviations from a pivot, so that it is of the size of the differences
+    between the sets, not of the offset that they share; rounding in the pivot cancels.
+    """
+    channels = (table.shape[1] - 1) // 2
+    counts = table[:, :1]
+    means = table[:, 1 : 1 + channels]
+    count = xp.sum(counts)
+    divisor = positive_or_one(count, xp)
+    pivot = xp.sum(counts * means, axis=0) / divisor
+    deviations = xp.where(counts > 0, means - pivot, xp.zeros_like(means))
+    shift = xp.sum(counts * deviations, axis=0) / divisor
+    m2 = xp.sum(table[:, 1 + channels :] + counts * (deviations - shift) ** 2, axis=0)
+    return Moments(count, pivot + shift, m2)
