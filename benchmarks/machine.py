@@ -1,0 +1,44 @@
+"""What a figure was measured on: kept beside every result."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib import metadata
+
+__all__ = ["describe"]
+
+
+def describe() -> dict[str, str | int]:
+    """Processor, cores and versions."""
+    return {
+        "architecture": platform.machine(),
+        "system": platform.system(),
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else (os.cpu_count() or 0),
+        "python": platform.python_version(),
+        "syncbn": metadata.version("syncbn"),
+        "keras": metadata.version("keras"),
+        "tensorflow": _version_of_any("tensorflow", "tensorflow-cpu"),
+        "numpy": metadata.version("numpy"),
+    }
+
+
+def _version_of_any(*distributions: str) -> str:
+    for name in distributions:
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return "not installed"
+
+
+def _cpu_model() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:  # noqa: PTH123
+            names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    except OSError:
+        return platform.processor()
+    return names[0] if names else platform.processor()

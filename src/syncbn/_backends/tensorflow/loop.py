@@ -1,0 +1,115 @@
+"""A training loop over the replicas of a strategy that equals the loop on one device.
+
+Keras's own `fit` divides the mean loss of each replica by the number of replicas, which is wrong as
+soon as they hold different numbers of examples, as they do in the last batch of most epochs. Here
+the loss of an example is divided by the size of the global batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+__all__ = ["ClassifierLoop", "Score"]
+
+
+class Score(NamedTuple):
+    """Means over examples."""
+
+    loss: float  # categorical cross-entropy, in nats
+    accuracy: float  # share of right answers, 0..1
+
+
+class ClassifierLoop:
+    """Trains a classifier with `strategy.run`, and evaluates it on one device.
+
+    Args:
+        strategy: over whose replicas each batch is split.
+        make_model: returns the built model; called in the strategy's scope.
+        make_optimizer: returns a new Keras optimizer; likewise.
+    """
+
+    def __init__(
+        self, strategy: Any, make_model: Callable[[], Any], make_optimizer: Callable[[], Any]
+    ) -> None:
+        self._strategy = strategy
+        with strategy.scope():
+            self.model = make_model()
+            self._optimizer = make_optimizer()
+            self._optimizer.build(self.model.trainable_variables)
+        self._step: Any = None
+        self._infer = tf.function(lambda x: self.model(x, training=False), reduce_retracing=True)
+
+    def batches(self, x: Any, y: Any, order: Any, batch_size: int) -> Iterator[tuple[Any, int]]:
+        """The examples in that order, in global batches split over the replicas, and their sizes.
+
+        The last batch is what remains: replicas then hold different numbers, or none.
+        """
+        dataset = tf.data.Dataset.from_tensor_slices((x[order], y[order])).batch(batch_size)
+        options = tf.data.Options()
+        options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF
+        distributed = self._strategy.experimental_distribute_dataset(dataset.with_options(options))
+        if self._step is None:
+            # One trace, for any size of every part. By the sizes of the batches it meets,
+            # TensorFlow would trace a ragged one with known sizes on some replicas alone, of which
+            # Keras's own synchronization makes different collectives ("Values to regroup").
+            signature = (*distributed.element_spec, tf.TensorSpec((), tf.float32))
+            self._step = tf.function(self._global_step, input_signature=signature)
+        for start, batch in zip(range(0, len(order), batch_size), distributed, strict=True):
+            yield batch, min(batch_size, len(order) - start)
+
+    def step(self, batch: Any, size: int) -> tuple[float, float]:
+        """One step of the optimizer; the sums over the batch of losses and of right answers."""
+        losses, hits = self._step(*batch, tf.constant(size, tf.float32))
+        return float(losses), float(hits)
+
+    def _global_step(self, x: Any, y: Any, size: Any) -> tuple[Any, Any]:
+        per_replica = self._strategy.run(self._replica_step, args=(x, y, size))
+        losses, hits = (
+            self._strategy.reduce(tf.distribute.ReduceOp.SUM, part, axis=None)
+            for part in per_replica
+        )
+        return losses, hits
+
+    def _replica_step(self, x: Any, y: Any, size: Any) -> tuple[Any, Any]:
+        variables = self.model.trainable_variables
+        with tf.GradientTape() as tape:
+            probabilities = self.model(x, training=True)
+            losses = keras.losses.sparse_categorical_crossentropy(y, probabilities)
+            total = tf.reduce_sum(losses)
+            objective = self._optimizer.scale_loss(total / tf.cast(size, total.dtype))
+        # Keras's optimizer adds up the gradients of the replicas.
+        gradients = tape.gradient(objective, [variable.value for variable in variables])
+        if isinstance(self._optimizer, keras.optimizers.LossScaleOptimizer):
+            gradients = self._overflow_everywhere(gradients)
+        self._optimizer.apply(gradients, variables)
+        hits = tf.equal(tf.argmax(probabilities, axis=-1, output_type=tf.int32), tf.cast(y, tf.int32))
+        return total, tf.reduce_sum(tf.cast(hits, tf.float32))
+
+    def _overflow_everywhere(self, gradients: list[Any]) -> list[Any]:
+        """Make an overflow on one replica one on all: Keras's loss scaling asks each by itself."""
+        context = tf.distribute.get_replica_context()
+        finite = tf.reduce_all([tf.reduce_all(tf.math.is_finite(g)) for g in gradients])
+        overflows = context.all_reduce(
+            tf.distribute.ReduceOp.SUM, tf.cast(tf.logical_not(finite), tf.float32)
+        )
+        return [tf.where(overflows > 0, np.nan, gradient) for gradient in gradients]
+
+    def evaluate(self, x: Any, y: Any, batch_size: int = 512) -> Score:
+        """Loss and accuracy in inference, with the weights that saving the model would keep."""
+        losses = hits = 0.0
+        for start in range(0, len(x), batch_size):
+            labels = y[start : start + batch_size]
+            probabilities = self._infer(tf.constant(x[start : start + batch_size])).numpy()
+            of_label = probabilities[np.arange(len(labels)), labels].astype(np.float64)
+            losses -= float(np.log(np.maximum(of_label, 1e-7)).sum())
+            hits += float((probabilities.argmax(axis=-1) == labels).sum())
+        return Score(losses / len(x), hits / len(x))
+
+    def weights(self) -> list[Any]:
+        """A copy of the model's weights, in Keras's order."""
+        return [np.array(weight) for weight in self.model.get_weights()]

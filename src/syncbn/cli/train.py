@@ -1,0 +1,179 @@
+"""`syncbn train`: train a classifier on replicas and show that it equals one device."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from syncbn.cli.quiet import without_start_notices
+from syncbn.errors import InputError
+
+if TYPE_CHECKING:
+    from syncbn.training.settings import TrainSettings
+
+__all__ = ["add_parser"]
+
+_PRECISIONS = ("float32", "float64", "mixed_bfloat16", "mixed_float16")
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command and its options."""
+    parser = commands.add_parser(
+        "train",
+        help="train a classifier on replicas and compare it with one device",
+        description="Train a classifier of real images on several replicas. With --compare the "
+        "same model, from the same weights on the same batches, is also trained on one device, "
+        "with local statistics and with Keras's own synchronization, and a table says how far "
+        "each is from one device. Writes model.keras, history.csv, table.json and curves.png.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add(
+        "--data",
+        default="digits",
+        metavar="digits|mnist|FILE.npz",
+        help="digits: the real handwritten digits in scikit-learn; mnist: fetched by Keras, needs "
+        "a network; FILE.npz: arrays x_train, y_train, x_test, y_test as in Keras's MNIST",
+    )
+    add("--model", choices=("mlp", "convnet"), default="mlp", help="the network")
+    add(
+        "--norm",
+        choices=("sync", "local", "keras"),
+        default="sync",
+        help="sync: syncbn.SyncBatchNormalization; local: keras.layers.BatchNormalization; "
+        "keras: the same with synchronized=True",
+    )
+    add(
+        "--strategy",
+        choices=("mirrored", "none"),
+        default="mirrored",
+        help="mirrored: replicas in step; none: one device",
+    )
+    add(
+        "--replicas",
+        type=int,
+        default=2,
+        metavar="N",
+        help="devices; virtual CPU devices where there are fewer accelerators",
+    )
+    add("--epochs", type=int, default=10, metavar="N", help="passes over the training images")
+    add("--batch-size", type=int, default=32, metavar="N", help="images in the global batch")
+    add("--optimizer", default="adam", metavar="NAME", help="a Keras optimizer")
+    add(
+        "--learning-rate",
+        type=float,
+        metavar="RATE",
+        default=argparse.SUPPRESS,
+        help="by default the optimizer's own",
+    )
+    add("--seed", type=int, default=0, metavar="N", help="of weights and order")
+    add("--precision", choices=_PRECISIONS, default="float32", help="Keras dtype policy")
+    add(
+        "--compare",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="also train on one device and with the other normalizations, and compare",
+    )
+    add(
+        "--output",
+        type=Path,
+        default=Path("syncbn-output"),
+        metavar="DIR",
+        help="folder for the results",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Check everything that can be checked first, then train and write the results."""
+    from syncbn.training.settings import TrainSettings
+
+    names = TrainSettings.__dataclass_fields__
+    settings = TrainSettings(
+        **{name: value for name, value in vars(arguments).items() if name in names}
+    )
+    settings.check()
+    _start_tensorflow()
+    with _stop_flag() as flag:
+        return _train_and_report(settings, arguments.output, flag)
+
+
+def _start_tensorflow() -> None:
+    if os.environ.setdefault("KERAS_BACKEND", "tensorflow") != "tensorflow":
+        raise InputError(
+            "syncbn train requires Keras on TensorFlow. Received: the environment variable "
+            f"KERAS_BACKEND={os.environ['KERAS_BACKEND']}. Unset it."
+        )
+    # TensorFlow's notices about its own build would stand between the user and the table.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    try:
+        with without_start_notices():
+            import tensorflow  # noqa: F401
+    except ImportError as error:
+        raise InputError(
+            "syncbn train requires TensorFlow. Received: no such package. Install it: "
+            "pip install 'syncbn[tensorflow,train]'."
+        ) from error
+
+
+class _Flag:
+    """Whether the user has asked to stop."""
+
+    def __init__(self) -> None:
+        self.raised = False
+
+
+@contextmanager
+def _stop_flag() -> Iterator[_Flag]:
+    """Ctrl-C raises the flag, which is looked at between two steps; a second one ends at once.
+
+    An exception in the middle of TensorFlow's tracing would leave its replica threads waiting.
+    """
+    flag = _Flag()
+
+    def on_interrupt(_signal: int, _frame: FrameType | None) -> None:
+        flag.raised = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    previous = signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        yield flag
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def _train_and_report(settings: TrainSettings, folder: Path, flag: _Flag) -> int:
+    from syncbn.cli import EXIT_INTERRUPTED
+    from syncbn.cli.train_view import ProgressView, print_table
+    from syncbn.training import comparison, data, job, report
+
+    report.check_drawable()
+    # Before anything else: devices are fixed once TensorFlow has started.
+    job.prepare_devices(settings)
+    job.check_optimizer(settings)
+    dataset = data.load(settings.data)
+    settings.check_against(dataset)
+    report.prepare_folder(folder)
+    runs = job.plan(settings)
+    with ProgressView(lambda: flag.raised) as view:
+        complete = all(job.train(run, settings, dataset, view) for run in runs)
+    finished = [run for run in runs if run.epochs]
+    if runs[0].epochs:
+        model = job.build_model(settings.norm, settings, dataset)
+        model.set_weights(runs[0].epochs[-1].weights)
+        moving = [not variable.trainable for variable in model.weights]
+        rows = comparison.rows(finished, moving)
+        paths = report.write(folder, settings, finished, rows, model, moving)
+        print_table(settings, dataset, rows, paths)
+    if complete:
+        return 0
+    kept = f"{len(finished)} of {len(runs)} runs" if finished else "no epoch"
+    print(f"syncbn: interrupted, {kept} finished or begun and kept", file=sys.stderr)
+    return EXIT_INTERRUPTED

@@ -1,0 +1,101 @@
+"""What `syncbn train` shows: a progress bar, then one table."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from rich.console import Console  # noqa: TID253 - this module is loaded when a job starts
+from rich.progress import (  # noqa: TID253
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table  # noqa: TID253
+
+if TYPE_CHECKING:
+    from syncbn.training.comparison import Row
+    from syncbn.training.data import Dataset
+    from syncbn.training.settings import TrainSettings
+
+__all__ = ["ProgressView", "print_table"]
+
+
+class ProgressView:
+    """A bar for each run, on stderr; an observer of the job."""
+
+    def __init__(self, stop_requested: Callable[[], bool]) -> None:
+        self.stop_requested = stop_requested
+        self._progress = Progress(
+            TextColumn("{task.description:12}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("steps  loss {task.fields[loss]:.4f}"),
+            TimeRemainingColumn(),
+            console=Console(file=sys.stderr),
+        )
+
+    def __enter__(self) -> ProgressView:
+        self._progress.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._progress.__exit__(kind, error, traceback)
+
+    def start(self, run: str, steps: int) -> None:
+        """A new bar."""
+        self._task = self._progress.add_task(run, total=steps, loss=float("nan"))
+
+    def advance(self, loss: float) -> None:
+        """One step further, with the loss of that step's batch."""
+        self._progress.update(self._task, advance=1, loss=loss)
+
+
+def print_table(
+    settings: TrainSettings, dataset: Dataset, rows: list[Row], paths: list[Path]
+) -> None:
+    """The table on stdout, what it says in a sentence, and where the files are."""
+    console = Console()
+    compared = any(row.difference for row in rows)
+    table = Table(
+        title=f"{settings.model} on {dataset.name}, {len(dataset.x_train)} training images, "
+        f"{settings.precision}, global batch {settings.batch_size}"
+    )
+    table.add_column("run")
+    for heading in ("epochs", "loss", "accuracy", "test loss", "test accuracy", "seconds"):
+        table.add_column(heading, justify="right")
+    if compared:
+        table.add_column("weights differ by", justify="right")
+        table.add_column("moving statistics by", justify="right")
+    for row in rows:
+        cells = [
+            row.run,
+            str(row.epochs),
+            f"{row.train_loss:.4f}",
+            f"{row.train_accuracy:.2%}",
+            f"{row.test_loss:.4f}",
+            f"{row.test_accuracy:.2%}",
+            f"{row.seconds:.1f}",
+        ]
+        if compared:
+            cells += [f"{gap:.1e}" for gap in row.difference] if row.difference else ["–", "–"]
+        table.add_row(*cells)
+    console.print(table)
+    if compared:
+        console.print(
+            "Differences are the largest of any single number from what one device trained, from "
+            "the same start on the same global batches."
+        )
+    else:
+        console.print("Add --compare to see how far this is from one device.")
+    console.print("Written: " + ", ".join(str(path) for path in paths), soft_wrap=True)

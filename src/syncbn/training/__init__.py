@@ -1,0 +1,1 @@
+"""The main job: train a real classifier on replicas and compare it with one device."""

@@ -1,0 +1,148 @@
+"""Trains one model from the same weights on the same batches in several ways."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, NamedTuple, Protocol
+
+import keras
+import numpy as np
+
+from syncbn._backends.tensorflow.loop import ClassifierLoop, Score
+from syncbn._backends.tensorflow.replicas import (
+    make_virtual_devices,
+    mirrored_strategy,
+    one_device_strategy,
+)
+from syncbn.errors import InputError
+from syncbn.training import models
+from syncbn.training.data import Dataset
+from syncbn.training.settings import TrainSettings
+
+__all__ = ["Epoch", "Observer", "Run", "build_model", "check_optimizer", "plan", "prepare_devices", "train"]
+
+
+class Epoch(NamedTuple):
+    """What one pass over the training examples came to."""
+
+    number: int  # from 1
+    train: Score  # while training, as the weights moved
+    test: Score  # after it, in inference
+    seconds: float  # of training, without the evaluation
+    weights: list[Any]  # the model's weights after it, in Keras's order
+
+
+class Run(NamedTuple):
+    """One way to train, and the epochs that it finished."""
+
+    name: str
+    norm: str
+    replicas: int
+    epochs: list[Epoch]
+
+
+class Observer(Protocol):
+    """Whoever watches a job, and may end it."""
+
+    def start(self, run: str, steps: int) -> None:
+        """A run begins, of so many steps."""
+
+    def advance(self, loss: float) -> None:
+        """One step is done; its mean loss."""
+
+    def stop_requested(self) -> bool:
+        """Whether to end the job now; an unfinished epoch is dropped."""
+
+
+def plan(settings: TrainSettings) -> list[Run]:
+    """The runs of a job, still without epochs: the wanted one first, then those to compare."""
+    replicas = _replicas(settings)
+    runs = [Run(_name(settings.norm, replicas), settings.norm, replicas, [])]
+    if settings.compare:
+        runs.append(Run("one device", "local", 1, []))
+        runs += [
+            Run(_name(norm, replicas), norm, replicas, [])
+            for norm in ("sync", "local", "keras")
+            if norm != settings.norm
+        ]
+    return runs
+
+
+def _replicas(settings: TrainSettings) -> int:
+    return settings.replicas if settings.strategy == "mirrored" else 1
+
+
+def prepare_devices(settings: TrainSettings) -> None:
+    """Make the devices of the job; must come before anything that starts TensorFlow."""
+    make_virtual_devices(_replicas(settings))
+
+
+def _name(norm: str, replicas: int) -> str:
+    return f"{norm} × {replicas}"
+
+
+def train(run: Run, settings: TrainSettings, dataset: Dataset, observer: Observer) -> bool:
+    """Add the finished epochs to the run.
+
+    Returns:
+        True when all epochs were finished, False when the observer ended the job before.
+    """
+    strategy = one_device_strategy() if run.replicas == 1 else mirrored_strategy(run.replicas)
+    loop = ClassifierLoop(
+        strategy,
+        lambda: build_model(run.norm, settings, dataset),
+        lambda: _make_optimizer(settings),
+    )
+    steps_per_epoch = -(-len(dataset.x_train) // settings.batch_size)
+    observer.start(run.name, settings.epochs * steps_per_epoch)
+    order_source = np.random.default_rng(settings.seed)
+    for number in range(1, settings.epochs + 1):
+        order = order_source.permutation(len(dataset.x_train))
+        start = time.perf_counter()
+        losses = hits = 0.0
+        batches = loop.batches(dataset.x_train, dataset.y_train, order, settings.batch_size)
+        for batch, size in batches:
+            if observer.stop_requested():
+                return False
+            batch_losses, batch_hits = loop.step(batch, size)
+            losses += batch_losses
+            hits += batch_hits
+            observer.advance(batch_losses / size)
+        score = Score(losses / len(order), hits / len(order))
+        seconds = time.perf_counter() - start
+        test = loop.evaluate(dataset.x_test, dataset.y_test)
+        run.epochs.append(Epoch(number, score, test, seconds, loop.weights()))
+    return True
+
+
+def build_model(norm: str, settings: TrainSettings, dataset: Dataset) -> Any:
+    """The model of a run as it is before training, the same weights for every normalization."""
+    keras.utils.set_random_seed(settings.seed)
+    return models.build(
+        settings.model, norm, dataset.x_train.shape[1:], dataset.classes, settings.precision
+    )
+
+
+def _make_optimizer(settings: TrainSettings) -> Any:
+    optimizer = check_optimizer(settings)
+    if settings.precision == "mixed_float16":
+        return keras.optimizers.LossScaleOptimizer(optimizer)
+    return optimizer
+
+
+def check_optimizer(settings: TrainSettings) -> Any:
+    """A new optimizer by the settings.
+
+    Raises:
+        InputError: Keras knows none of that name.
+    """
+    try:
+        optimizer = keras.optimizers.get(settings.optimizer)
+    except ValueError as error:
+        raise InputError(
+            "--optimizer must be the name of a Keras optimizer, such as adam, sgd or rmsprop. "
+            f"Received: {settings.optimizer!r}. Choose one of them."
+        ) from error
+    if settings.learning_rate is not None:
+        optimizer.learning_rate = settings.learning_rate
+    return optimizer

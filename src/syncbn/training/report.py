@@ -1,0 +1,160 @@
+"""What a job leaves in its output folder: model, history, table and picture, each written whole."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from syncbn.errors import InputError
+from syncbn.training.comparison import REFERENCE, Row, differences
+from syncbn.training.job import Run
+from syncbn.training.settings import TrainSettings
+
+__all__ = ["prepare_folder", "write"]
+
+
+def prepare_folder(folder: Path) -> None:
+    """Make sure that results can be written there, before hours are spent on them.
+
+    Raises:
+        InputError: it is a file, or cannot be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"--output must be a folder that can be written to. Received: {str(folder)!r} "
+            f"({error.strerror or error}). Give another folder."
+        ) from error
+
+
+def write(
+    folder: Path,
+    settings: TrainSettings,
+    runs: list[Run],
+    rows: list[Row],
+    model: Any,
+    moving: list[bool],
+) -> list[Path]:
+    """Write all files of the job and return their paths.
+
+    Args:
+        folder: exists.
+        settings: of the job.
+        runs: those that finished an epoch; the wanted one first.
+        rows: of the table.
+        model: the wanted run's, with its last weights.
+        moving: for each weight, whether it is a moving statistic.
+    """
+    writers: dict[str, Callable[[Path], None]] = {
+        "model.keras": model.save,
+        "history.csv": lambda path: _write_history(path, runs),
+        "table.json": lambda path: _write_table(path, settings, rows),
+        "curves.png": lambda path: _draw_curves(path, runs, moving),
+    }
+    paths = []
+    for name, write_file in writers.items():
+        path = folder / name
+        with _written_whole(path) as temporary:
+            write_file(temporary)
+        paths.append(path)
+    return paths
+
+
+@contextmanager
+def _written_whole(path: Path) -> Iterator[Path]:
+    """A path to write to, which becomes `path` at the end, or nothing if that is not reached."""
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=path.suffix)
+    os.close(descriptor)
+    temporary = Path(name)
+    try:
+        yield temporary
+        # mkstemp allows the owner alone; results get the mode of any new file.
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _write_history(path: Path, runs: list[Run]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow(
+            ("run", "epoch", "loss", "accuracy", "test_loss", "test_accuracy", "seconds")
+        )
+        for run in runs:
+            for epoch in run.epochs:
+                table.writerow(
+                    (run.name, epoch.number, *epoch.train, *epoch.test, round(epoch.seconds, 4))
+                )
+
+
+def _write_table(path: Path, settings: TrainSettings, rows: list[Row]) -> None:
+    document = {
+        "settings": dataclasses.asdict(settings),
+        "reference": REFERENCE if any(row.difference for row in rows) else None,
+        "rows": [
+            {**row._asdict(), "difference": row.difference and row.difference._asdict()}
+            for row in rows
+        ],
+    }
+    path.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _draw_curves(path: Path, runs: list[Run], moving: list[bool]) -> None:
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    reference = next((run for run in runs if run.name == REFERENCE), None)
+    others = [run for run in runs if run is not reference] if reference else []
+    figure = Figure(figsize=(12 if others else 8, 4), layout="constrained")
+    axes = figure.subplots(1, 3 if others else 2)
+    # Runs that agree lie on each other: thick below, thin and dashed above.
+    for index, run in enumerate(runs):
+        style = {"linewidth": 4.5 - index, "linestyle": ("-", "--", "-.", ":")[index % 4]}
+        epochs = [epoch.number for epoch in run.epochs]
+        axes[0].plot(epochs, [epoch.test.loss for epoch in run.epochs], label=run.name, **style)
+        axes[1].plot(epochs, [epoch.test.accuracy for epoch in run.epochs], label=run.name, **style)
+        if reference is not None and run is not reference:
+            gaps = [gap.weights for gap in differences(run, reference, moving)]
+            # A logarithmic axis cannot show an exact 0.
+            axes[2].plot(epochs[: len(gaps)], [gap or 1e-16 for gap in gaps], f"C{index}o-")
+    axes[0].set(title="Test loss", xlabel="epoch", ylabel="cross-entropy (nats)")
+    axes[1].set(title="Test accuracy", xlabel="epoch", ylabel="share of right answers")
+    axes[0].legend()
+    if others:
+        axes[2].set(
+            title="Largest difference of a weight from one device", xlabel="epoch", yscale="log"
+        )
+    for panel in axes:
+        panel.grid(alpha=0.3)
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.savefig(path, dpi=120)
+
+
+def check_drawable() -> None:
+    """Raise an InputError where the packages for the picture or the bar are missing."""
+    try:
+        import matplotlib
+        import rich
+    except ImportError as error:
+        raise InputError(
+            f"syncbn train requires matplotlib and rich. Received: no package {error.name!r}. "
+            "Install them: pip install 'syncbn[train]'."
+        ) from error
+    del matplotlib, rich

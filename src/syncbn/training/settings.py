@@ -1,0 +1,79 @@
+"""What the main job is asked to do, and whether it can be done."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from syncbn.errors import InputError
+from syncbn.training.data import Dataset
+
+__all__ = ["PRECISIONS", "TrainSettings"]
+
+PRECISIONS = ("float32", "float64", "mixed_bfloat16", "mixed_float16")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainSettings:
+    """One training job.
+
+    Attributes:
+        data: "digits", "mnist" or the path of an .npz file.
+        model: "mlp" or "convnet".
+        norm: "sync", "local" or "keras" (Keras's own synchronization).
+        strategy: "mirrored", or "none" for one device.
+        replicas: devices that train in step, each on its part of the global batch.
+        epochs: passes over the training examples.
+        batch_size: examples in the global batch.
+        optimizer: a name that `keras.optimizers.get` knows.
+        learning_rate: None for the optimizer's own.
+        seed: of the weights and of the order of the examples.
+        precision: a Keras dtype policy, one of `PRECISIONS`.
+        compare: also train the other normalizations and one device, and compare.
+    """
+
+    data: str = "digits"
+    model: str = "mlp"
+    norm: str = "sync"
+    strategy: str = "mirrored"
+    replicas: int = 2
+    epochs: int = 10
+    batch_size: int = 32
+    optimizer: str = "adam"
+    learning_rate: float | None = None
+    seed: int = 0
+    precision: str = "float32"
+    compare: bool = False
+
+    def check(self) -> None:
+        """Raise an InputError for the first value that cannot be meant."""
+        for name, value in (
+            ("--replicas", self.replicas),
+            ("--epochs", self.epochs),
+            ("--batch-size", self.batch_size),
+        ):
+            if value < 1:
+                raise InputError(f"{name} must be at least 1. Received: {value}. Give more.")
+        if self.batch_size < self.replicas:
+            raise InputError(
+                "--batch-size, which is that of the global batch, must be at least the number of "
+                f"replicas. Received: --batch-size {self.batch_size} for --replicas "
+                f"{self.replicas}. Give a larger batch or fewer replicas."
+            )
+        if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
+            raise InputError(
+                "--learning-rate must be a positive number. Received: "
+                f"{self.learning_rate}. Give one, or leave it out for the optimizer's own."
+            )
+        if not 0 <= self.seed < 2**32:
+            raise InputError(
+                f"--seed must be from 0 to 4294967295. Received: {self.seed}. Give another."
+            )
+
+    def check_against(self, dataset: Dataset) -> None:
+        """Raise an InputError if these data cannot be trained on like this."""
+        if len(dataset.x_train) < self.replicas:
+            raise InputError(
+                f"{dataset.name}: training on {self.replicas} replicas needs at least as many "
+                f"images. Received: {len(dataset.x_train)} in x_train. Use fewer replicas."
+            )
