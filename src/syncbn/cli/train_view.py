@@ -69,23 +69,22 @@ def print_table(
     compared = any(row.difference for row in rows)
     table = Table(
         title=f"{settings.model} on {dataset.name}, {len(dataset.x_train)} training images, "
-        f"{settings.precision}, global batch {settings.batch_size}"
+        f"{settings.precision}, "
+        f"global batch {settings.batch_size}, {rows[0].epochs} epochs"
     )
-    table.add_column("run")
-    for heading in ("epochs", "loss", "accuracy", "test loss", "test accuracy", "seconds"):
-        table.add_column(heading, justify="right")
+    # Eighty columns hold these; the others are in the files.
+    table.add_column("run", no_wrap=True)
+    for heading in ("loss", "test loss", "test accuracy"):
+        table.add_column(heading, justify="right", no_wrap=True)
     if compared:
-        table.add_column("weights differ by", justify="right")
-        table.add_column("moving statistics by", justify="right")
+        table.add_column("Δ weights", justify="right", no_wrap=True)
+        table.add_column("Δ moving stats", justify="right", no_wrap=True)
     for row in rows:
         cells = [
             row.run,
-            str(row.epochs),
             f"{row.train_loss:.4f}",
-            f"{row.train_accuracy:.2%}",
             f"{row.test_loss:.4f}",
             f"{row.test_accuracy:.2%}",
-            f"{row.seconds:.1f}",
         ]
         if compared:
             cells += [f"{gap:.1e}" for gap in row.difference] if row.difference else ["–", "–"]
@@ -93,8 +92,10 @@ def print_table(
     console.print(table)
     if compared:
         console.print(
-            "Differences are the largest of any single number from what one device trained, from "
-            "the same start on the same global batches."
+            "Δ: the largest difference of any weight, and of any moving mean or variance, from "
+            "what one device trained from the same start on the same global batches. reordered: "
+            "one device again, each batch back to front; its Δ is rounding alone, amplified by "
+            "training."
         )
     else:
         console.print("Add --compare to see how far this is from one device.")

@@ -39,6 +39,7 @@ class Run(NamedTuple):
     norm: str
     replicas: int
     epochs: list[Epoch]
+    reordered: bool = False  # each batch back to front, which changes nothing but rounding
 
 
 class Observer(Protocol):
@@ -60,6 +61,8 @@ def plan(settings: TrainSettings) -> list[Run]:
     runs = [Run(_name(settings.norm, replicas), settings.norm, replicas, [])]
     if settings.compare:
         runs.append(Run("one device", "local", 1, []))
+        # Training amplifies rounding, the more the longer: this run says how far.
+        runs.append(Run("reordered", "local", 1, [], reordered=True))
         runs += [
             Run(_name(norm, replicas), norm, replicas, [])
             for norm in ("sync", "local", "keras")
@@ -98,6 +101,8 @@ def train(run: Run, settings: TrainSettings, dataset: Dataset, observer: Observe
     order_source = np.random.default_rng(settings.seed)
     for number in range(1, settings.epochs + 1):
         order = order_source.permutation(len(dataset.x_train))
+        if run.reordered:
+            order = _back_to_front(order, settings.batch_size)
         start = time.perf_counter()
         losses = hits = 0.0
         batches = loop.batches(dataset.x_train, dataset.y_train, order, settings.batch_size)
@@ -113,6 +118,12 @@ def train(run: Run, settings: TrainSettings, dataset: Dataset, observer: Observe
         test = loop.evaluate(dataset.x_test, dataset.y_test)
         run.epochs.append(Epoch(number, score, test, seconds, loop.weights()))
     return True
+
+
+def _back_to_front(order: Any, batch_size: int) -> Any:
+    """The same batches of the same examples, each in reverse."""
+    starts = range(0, len(order), batch_size)
+    return np.concatenate([order[start : start + batch_size][::-1] for start in starts])
 
 
 def build_model(norm: str, settings: TrainSettings, dataset: Dataset) -> Any:

@@ -11,6 +11,9 @@ from syncbn.layer import SyncBatchNormalization
 
 __all__ = ["MODELS", "NORMALIZATIONS", "build"]
 
+# Keras's 0.99 remembers about a hundred steps, more than an epoch of the digits has.
+MOMENTUM = 0.9
+
 NORMALIZATIONS: dict[str, Callable[..., Any]] = {
     "sync": SyncBatchNormalization,
     "local": keras.layers.BatchNormalization,
@@ -42,7 +45,7 @@ def build(
 def _mlp(inputs: Any, normalization: Callable[..., Any], dtype: str) -> Any:
     x = keras.layers.Flatten(dtype=dtype)(inputs)
     x = keras.layers.Dense(128, activation="relu", dtype=dtype)(x)
-    return normalization(dtype=dtype)(x)
+    return normalization(momentum=MOMENTUM, dtype=dtype)(x)
 
 
 def _convnet(inputs: Any, normalization: Callable[..., Any], dtype: str) -> Any:
@@ -56,7 +59,7 @@ def _convnet(inputs: Any, normalization: Callable[..., Any], dtype: str) -> Any:
         x = keras.layers.Conv2D(
             filters, size, strides, padding="same", use_bias=False, dtype=dtype
         )(x)
-        return normalization(dtype=dtype)(x)
+        return normalization(momentum=MOMENTUM, dtype=dtype)(x)
 
     def block(x: Any, filters: int, strides: int) -> Any:
         residual = keras.layers.Activation("relu", dtype=dtype)(convolution(x, filters, 3, strides))

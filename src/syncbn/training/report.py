@@ -121,29 +121,33 @@ def _draw_curves(path: Path, runs: list[Run], moving: list[bool]) -> None:
     from matplotlib.ticker import MaxNLocator
 
     reference = next((run for run in runs if run.name == REFERENCE), None)
-    others = [run for run in runs if run is not reference] if reference else []
-    figure = Figure(figsize=(12 if others else 8, 4), layout="constrained")
-    axes = figure.subplots(1, 3 if others else 2)
-    # Runs that agree lie on each other: thick below, thin and dashed above.
+    compared = [run for run in runs if reference is not None and run is not reference]
+    figure = Figure(figsize=(15 if compared else 9, 4.2), layout="constrained")
+    axes = figure.subplots(1, 3 if compared else 2)
     for index, run in enumerate(runs):
-        style = {"linewidth": 4.5 - index, "linestyle": ("-", "--", "-.", ":")[index % 4]}
+        # Runs that agree lie on each other: each is thinner than the one below it.
+        style: dict[str, Any] = {
+            "color": f"C{index}",
+            "label": run.name,
+            "linestyle": "-" if index == 0 else (0, (4, 1 + index)),
+            "linewidth": 6.0 / (1 + index),
+        }
         epochs = [epoch.number for epoch in run.epochs]
-        axes[0].plot(epochs, [epoch.test.loss for epoch in run.epochs], label=run.name, **style)
-        axes[1].plot(epochs, [epoch.test.accuracy for epoch in run.epochs], label=run.name, **style)
-        if reference is not None and run is not reference:
+        axes[0].plot(epochs, [epoch.test.loss for epoch in run.epochs], **style)
+        axes[1].plot(epochs, [epoch.test.accuracy for epoch in run.epochs], **style)
+        if run in compared and reference is not None:
             gaps = [gap.weights for gap in differences(run, reference, moving)]
             # A logarithmic axis cannot show an exact 0.
-            axes[2].plot(epochs[: len(gaps)], [gap or 1e-16 for gap in gaps], f"C{index}o-")
-    axes[0].set(title="Test loss", xlabel="epoch", ylabel="cross-entropy (nats)")
-    axes[1].set(title="Test accuracy", xlabel="epoch", ylabel="share of right answers")
-    axes[0].legend()
-    if others:
-        axes[2].set(
-            title="Largest difference of a weight from one device", xlabel="epoch", yscale="log"
-        )
+            axes[2].plot(epochs[: len(gaps)], [gap or 1e-17 for gap in gaps], marker="o", **style)
+    axes[0].set(title="Test loss", ylabel="cross-entropy (nats)")
+    axes[1].set(title="Test accuracy", ylabel="share of right answers")
+    if compared:
+        axes[2].set(title="Largest difference from one device", ylabel="any weight", yscale="log")
     for panel in axes:
+        panel.set_xlabel("epoch")
         panel.grid(alpha=0.3)
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+        panel.legend()
     figure.savefig(path, dpi=120)
 
 

@@ -1,0 +1,35 @@
+"""One TensorFlow for the whole run: eight virtual CPU devices, and the mutant that is asked for."""
+
+import os
+
+os.environ["KERAS_BACKEND"] = "tensorflow"
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import hypothesis
+import pytest
+
+hypothesis.settings.register_profile(
+    "contract",
+    deadline=None,
+    derandomize=True,
+    max_examples=int(os.environ.get("SYNCBN_EXAMPLES", "20")),
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("contract")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _devices():
+    from syncbn._backends.tensorflow.replicas import make_virtual_devices
+    from tests import mutants
+
+    make_virtual_devices(8)
+    mutants.apply(os.environ.get("SYNCBN_MUTANT", ""))
+
+
+@pytest.fixture(autouse=True)
+def _fresh_keras_names():
+    import keras
+
+    keras.backend.clear_session()
+    keras.utils.set_random_seed(0)

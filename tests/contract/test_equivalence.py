@@ -1,0 +1,133 @@
+"""Contract 1: any split of the global batch gives what one device gives on all of it."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.harness import assert_equals_one_device, make_case, observe
+
+TOLERANCE = {"float64": 1e-11, "float32": 2e-6}
+
+# Parts of the batch by replica. Every split holds different data on every replica.
+SPLITS = {
+    "equal": (32, 32),
+    "uneven": (33, 32),
+    "one against many": (64, 1),
+    "one replica empty": (40, 0),
+    "first replica empty": (0, 40),
+    "four": (7, 0, 20, 1),
+    "eight": (5, 4, 3, 2, 1, 0, 9, 8),
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("split", SPLITS.values(), ids=SPLITS.keys())
+def test_any_split_of_the_batch_gives_what_one_device_gives(split, dtype):
+    case = make_case([(size, 6, 5, 4) for size in split], dtype=dtype)
+    assert_equals_one_device(case, observe(case), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("split", [(33, 32), (40, 0)], ids=["uneven", "one replica empty"])
+def test_without_a_tf_function_the_result_is_the_same(split):
+    case = make_case([(size, 6) for size in split])
+    assert_equals_one_device(case, observe(case, mode="eager"), TOLERANCE["float32"])
+
+
+@pytest.mark.parametrize("mode", ["graph", "eager"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_one_device_without_a_strategy_needs_no_collective(dtype, mode):
+    case = make_case([(40, 6, 3)], dtype=dtype)
+    assert_equals_one_device(case, observe(case, mode=mode), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis"),
+    [
+        ((6,), -1),
+        ((5, 6), -1),
+        ((5, 6), 1),
+        ((6, 5), 1),
+        ((4, 5, 6), -1),
+        ((6, 4, 5), 1),
+        ((4, 6, 5), 2),
+        ((2, 3, 4, 6), -1),
+        ((6, 2, 3, 4), 1),
+    ],
+)
+@pytest.mark.parametrize("unknown_sizes", [True, False], ids=["unknown sizes", "known sizes"])
+def test_any_rank_and_axis(shape, axis, unknown_sizes):
+    case = make_case([(9, *shape), (4, *shape)], axis=axis)
+    observed = observe(case, unknown_sizes=unknown_sizes)
+    assert_equals_one_device(case, observed, TOLERANCE["float32"])
+
+
+def test_spatial_sizes_may_differ_between_replicas():
+    case = make_case([(2, 9, 7, 3), (3, 4, 5, 3)])
+    assert_equals_one_device(case, observe(case), TOLERANCE["float32"])
+
+
+def test_channels_that_are_not_last_on_a_replica_without_elements():
+    case = make_case([(0, 3, 4, 5), (6, 3, 4, 5)], axis=1)
+    assert_equals_one_device(case, observe(case), TOLERANCE["float32"])
+
+
+@pytest.mark.parametrize(("center", "scale"), [(False, True), (True, False), (False, False)])
+def test_without_beta_or_gamma(center, scale):
+    case = make_case([(33, 5), (32, 5)])
+    case = case._replace(
+        beta=case.beta if center else np.zeros(5), gamma=case.gamma if scale else np.ones(5)
+    )
+    observed = observe(case, center=center, scale=scale)
+    expected = case.expected()
+    # Without the weight there is no gradient of it to compare.
+    if not scale:
+        observed = observed._replace(gamma_gradients=[expected.gamma_gradient])
+    if not center:
+        observed = observed._replace(beta_gradients=[expected.beta_gradient])
+    assert_equals_one_device(case, observed, TOLERANCE["float32"])
+
+
+@pytest.mark.parametrize("split", [(1, 0), (1, 1), (0, 2)])
+def test_one_or_two_elements_in_all(split):
+    # Two elements normalize to ±1 whatever they are: float64, as dx is a thousandth of its terms.
+    case = make_case([(size, 4) for size in split], dtype="float64")
+    assert_equals_one_device(case, observe(case), 1e-9)
+
+
+def test_globally_empty_batch_leaves_the_moving_statistics_untouched():
+    case = make_case([(0, 4), (0, 4)])
+    assert_equals_one_device(case, observe(case), 0.0)
+
+
+def test_empty_batch_on_one_device_leaves_the_moving_statistics_untouched():
+    case = make_case([(0, 3, 4)])
+    assert_equals_one_device(case, observe(case), 0.0)
+
+
+@st.composite
+def cases(draw):
+    dtype = draw(st.sampled_from(["float32", "float64"]))
+    rank = draw(st.integers(2, 5))
+    axis = draw(st.integers(1, rank - 1))
+    sizes = [draw(st.integers(1, 4)) for _ in range(rank - 1)]
+    sizes[axis - 1] = draw(st.integers(3, 8))
+    # Enough elements that dx is not all cancellation, and not all of them on one replica.
+    counts = draw(st.lists(st.integers(0, 40), min_size=2, max_size=4).filter(lambda c: sum(c) >= 16))
+    offset = draw(st.sampled_from([0.0, 0.0, 3.0, -1.0]))
+    seed = draw(st.integers(0, 2**16))
+    negative_axis = draw(st.booleans())
+    return make_case(
+        [(count, *sizes) for count in counts],
+        axis=axis - rank if negative_axis else axis,
+        dtype=dtype,
+        offset=offset,
+        seed=seed,
+    )
+
+
+@given(cases())
+def test_property_replicas_equal_one_device(case):
+    offset = max(abs(float(np.concatenate([p.ravel() for p in case.parts]).mean())), 1.0)
+    tolerance = TOLERANCE[case.parts[0].dtype.name] * offset
+    assert_equals_one_device(case, observe(case), tolerance)

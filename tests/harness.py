@@ -1,0 +1,217 @@
+"""Runs the layer on replicas with data of their own, and compares with the oracle."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+import syncbn
+from syncbn._backends.tensorflow.replicas import mirrored_strategy, one_device_strategy
+from tests import oracle
+
+
+class Observed(NamedTuple):
+    outputs: list[np.ndarray]  # one a replica, as all of these
+    input_gradients: list[np.ndarray]
+    gamma_gradients: list[np.ndarray]
+    beta_gradients: list[np.ndarray]
+    moving_means: list[np.ndarray]
+    moving_variances: list[np.ndarray]
+
+
+class Case(NamedTuple):
+    """Data for the replicas, and the weights that every one of them holds."""
+
+    parts: list[np.ndarray]
+    cotangents: list[np.ndarray]
+    axis: int
+    gamma: np.ndarray
+    beta: np.ndarray
+    epsilon: float = 1e-3
+    momentum: float = 0.9
+
+    def expected(self) -> oracle.Expected:
+        return oracle.batch_normalization(
+            self.parts, self.cotangents, self.axis, self.gamma, self.beta, self.epsilon
+        )
+
+
+def make_case(
+    shapes: list[tuple[int, ...]],
+    axis: int = -1,
+    dtype: str = "float32",
+    offset: float = 0.0,
+    seed: int = 0,
+) -> Case:
+    """Standard normal data around an offset, different on every replica, and random cotangents."""
+    rng = np.random.default_rng(seed)
+    channels = shapes[0][axis]
+    data_type = tf.as_dtype(dtype).as_numpy_dtype
+
+    def normal(shape: tuple[int, ...]) -> np.ndarray:
+        return rng.normal(size=shape).astype(data_type)
+
+    return Case(
+        parts=[(normal(shape).astype(np.float64) + offset).astype(data_type) for shape in shapes],
+        cotangents=[normal(shape) for shape in shapes],
+        axis=axis,
+        gamma=rng.uniform(0.5, 1.5, channels).astype(np.float32).astype(np.float64),
+        beta=rng.normal(size=channels).astype(np.float32).astype(np.float64),
+    )
+
+
+def strategy_for(replicas: int) -> Any:
+    return one_device_strategy() if replicas == 1 else mirrored_strategy(replicas)
+
+
+def per_replica(strategy: Any, arrays: list[Any]) -> Any:
+    """A value that is another tensor on every replica."""
+    return strategy.experimental_distribute_values_from_function(
+        lambda context: tf.constant(arrays[context.replica_id_in_sync_group])
+    )
+
+
+def local_results(strategy: Any, value: Any) -> list[np.ndarray]:
+    return [part.numpy() for part in strategy.experimental_local_results(value)]
+
+
+def make_layer(case: Case, strategy: Any, dtype: str = "float32", **arguments: Any) -> Any:
+    """A layer in the strategy's scope, built for any size and holding the case's weights."""
+    layer_class = arguments.pop("layer_class", syncbn.SyncBatchNormalization)
+    with strategy.scope():
+        layer = layer_class(
+            axis=case.axis,
+            epsilon=case.epsilon,
+            momentum=case.momentum,
+            gamma_initializer=keras.initializers.Constant(1.0),
+            dtype=dtype,
+            **arguments,
+        )
+        shape: list[int | None] = [None] * case.parts[0].ndim
+        shape[case.axis] = len(case.gamma)
+        layer.build(tuple(shape))
+        if layer.scale:
+            layer.gamma.assign(case.gamma)
+        if layer.center:
+            layer.beta.assign(case.beta)
+    return layer
+
+
+def make_step(layer: Any, training: bool = True) -> Any:
+    """A function for strategy.run: outputs, and the gradients of x, gamma and beta by dy."""
+
+    def step(x: Any, dy: Any) -> Any:
+        weights = [w.value for w in (layer.gamma, layer.beta) if w is not None]
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = layer(x, training=training)
+        dx, *of_weights = tape.gradient(y, [x, *weights], output_gradients=tf.cast(dy, y.dtype))
+        return y, dx, of_weights
+
+    return step
+
+
+def observe(
+    case: Case,
+    *,
+    dtype: str | None = None,
+    mode: str = "graph",
+    unknown_sizes: bool = True,
+    **arguments: Any,
+) -> Observed:
+    """One training step of the layer on as many replicas as the case has parts.
+
+    Args:
+        case: data and weights.
+        dtype: the layer's policy; the data's own by default.
+        mode: "graph", or "eager" without any tf.function.
+        unknown_sizes: trace for any size of every axis but the channels'.
+        **arguments: of the layer.
+    """
+    strategy = strategy_for(len(case.parts))
+    layer = make_layer(case, strategy, dtype or case.parts[0].dtype.name, **arguments)
+    step = make_step(layer)
+    parts, cotangents = per_replica(strategy, case.parts), per_replica(strategy, case.cotangents)
+
+    def run(x: Any, dy: Any) -> Any:
+        return strategy.run(step, args=(x, dy))
+
+    if mode == "graph":
+        run = tf.function(run, autograph=False)
+        if unknown_sizes and len(case.parts) > 1:
+            run = run.get_concrete_function(*(_any_size(v, case.axis) for v in (parts, cotangents)))
+    y, dx, of_weights = run(parts, cotangents)
+    gradients = [local_results(strategy, gradient) for gradient in of_weights]
+    if not layer.center:
+        gradients.append([np.zeros(len(case.gamma))])
+    if not layer.scale:
+        gradients.insert(0, [np.zeros(len(case.gamma))])
+    return Observed(
+        local_results(strategy, y),
+        local_results(strategy, dx),
+        *gradients,
+        local_results(strategy, layer.moving_mean.value),
+        local_results(strategy, layer.moving_variance.value),
+    )
+
+
+def _any_size(value: Any, axis: int) -> Any:
+    """The spec of a per-replica value with only its rank and its channels known."""
+    from tensorflow.python.distribute.values import PerReplicaSpec
+
+    def spec(tensor: Any) -> Any:
+        shape: list[int | None] = [None] * tensor.shape.rank
+        shape[axis] = tensor.shape[axis]
+        return tf.TensorSpec(shape, tensor.dtype)
+
+    return PerReplicaSpec(*(spec(tensor) for tensor in value.values))
+
+
+def assert_close(name: str, observed: Any, expected: Any, tolerance: float) -> None:
+    """The largest difference, relative to the largest expected value, is within the tolerance."""
+    observed, expected = np.asarray(observed, np.float64), np.asarray(expected, np.float64)
+    assert observed.shape == expected.shape, f"{name}: shape {observed.shape}"
+    if expected.size == 0:
+        return
+    scale = np.abs(expected).max()
+    difference = np.abs(observed - expected).max() / (scale or 1.0)
+    # Written so that a NaN fails.
+    assert difference <= tolerance, f"{name}: off by {difference:.2e}, allowed {tolerance:.0e}"
+
+
+def assert_equals_one_device(case: Case, observed: Observed, tolerance: float) -> None:
+    """Everything of contract 1 and 2, against the oracle."""
+    expected = case.expected()
+
+    def joined(arrays: list[np.ndarray]) -> np.ndarray:
+        return np.concatenate([np.asarray(array, np.float64).ravel() for array in arrays])
+
+    assert_close("outputs", joined(observed.outputs), joined(expected.outputs), tolerance)
+    for own, its in zip(observed.outputs, expected.outputs, strict=True):
+        assert own.shape == its.shape
+    assert_close(
+        "input gradients", joined(observed.input_gradients), joined(expected.input_gradients),
+        tolerance,
+    )
+    gamma_gradient = np.sum(np.asarray(observed.gamma_gradients, np.float64), axis=0)
+    beta_gradient = np.sum(np.asarray(observed.beta_gradients, np.float64), axis=0)
+    assert_close("gamma gradient", gamma_gradient, expected.gamma_gradient, tolerance)
+    assert_close("beta gradient", beta_gradient, expected.beta_gradient, tolerance)
+    assert_statistics(case, observed, tolerance)
+
+
+def assert_statistics(case: Case, observed: Observed, tolerance: float) -> None:
+    """Moving statistics moved as one device moves them, bitwise the same on every replica."""
+    expected = case.expected()
+    any_element = any(part.size for part in case.parts)
+    momentum = case.momentum if any_element else 1.0
+    for name, moving, batch, start in (
+        ("moving mean", observed.moving_means, expected.mean, 0.0),
+        ("moving variance", observed.moving_variances, expected.variance, 1.0),
+    ):
+        assert len({array.tobytes() for array in moving}) == 1, f"{name} differs between replicas"
+        step = oracle.moved(np.full_like(batch, start), batch, momentum)
+        assert_close(name, moving[0], step, tolerance)
