@@ -14,6 +14,10 @@ __all__ = ["InputError", "NotSynchronizableError", "SyncbnError", "UnsupportedFe
 class SyncbnError(Exception):
     """Base of every error that syncbn raises itself."""
 
+    # What AutoGraph asks for before it raises an error of a traced function as its own type;
+    # otherwise users would meet an AutoGraph StagingError that no `except` of theirs expects.
+    __init__ = Exception.__init__
+
 
 class NotSynchronizableError(SyncbnError, RuntimeError):
     """Synchronizing was asked for and cannot happen in this place.

@@ -10,7 +10,7 @@ from syncbn._backends.tensorflow.namespace import xp
 from syncbn.errors import NotSynchronizableError
 from syncbn.moments import Moments, merge_table, pack_row, pack_sums, unpack_sums
 
-__all__ = ["global_moments", "replica_count", "sum_over_replicas"]
+__all__ = ["global_moments", "moments_dtype", "replica_count", "sum_over_replicas"]
 
 
 def replica_count() -> int:
@@ -20,13 +20,12 @@ def replica_count() -> int:
         NotSynchronizableError: the code runs where the replicas cannot meet.
     """
     strategy = tf.distribute.get_strategy()
-    if isinstance(strategy, _PARAMETER_SERVER_STRATEGIES):
+    if isinstance(strategy, _WITHOUT_MIRRORED_VARIABLES):
         raise NotSynchronizableError(
-            "Synchronized batch normalization requires replicas that train in step, as under "
-            "MirroredStrategy, MultiWorkerMirroredStrategy or TPUStrategy. Received: "
-            f"{type(strategy).__name__}, whose workers train asynchronously, each at its own "
-            "pace. Train under one of those strategies, or use keras.layers.BatchNormalization, "
-            "which normalizes by the batch of one worker."
+            "Synchronized batch normalization requires replicas that train in step, each with its "
+            "own copy of the variables, as under MirroredStrategy, MultiWorkerMirroredStrategy or "
+            f"TPUStrategy. Received: {type(strategy).__name__}. Train under one of those, or use "
+            "keras.layers.BatchNormalization, which normalizes by the batch of one replica."
         )
     if tf.distribute.get_replica_context() is None:
         raise NotSynchronizableError(
@@ -48,33 +47,70 @@ def sum_over_replicas(vector: Any) -> Any:
         NotSynchronizableError: the strategy cannot start a collective inside this graph.
     """
     context = tf.distribute.get_replica_context()
+    graph = tf.compat.v1.get_default_graph()
     try:
-        return context.all_reduce(tf.distribute.ReduceOp.SUM, vector)
+        total = context.all_reduce(tf.distribute.ReduceOp.SUM, vector)
     except RuntimeError as error:
         if "merge_call" not in str(error):
             raise
         raise NotSynchronizableError(
             "Synchronized training requires that the layer is called in the graph of the function "
             "given to strategy.run. Received: a call inside tf.cond, tf.while_loop or a nested "
-            f"tf.function there ({tf.compat.v1.get_default_graph().name!r}), where "
-            "TensorFlow cannot start a collective. Move the condition or the loop around "
-            "strategy.run, or remove the inner @tf.function; to switch normalization itself, "
-            "select between two results with tf.where."
+            f"tf.function there ({graph.name!r}), where TensorFlow cannot start a collective. Move "
+            "the condition or the loop around strategy.run, or remove the inner @tf.function; to "
+            "switch normalization itself, select between two results with tf.where."
         ) from error
+    if not tf.executing_eagerly() and _is_function_inside_a_loop(graph):
+        _refuse_collectives(graph)
+    return total
+
+
+def _is_function_inside_a_loop(graph: Any) -> bool:
+    """Whether this graph belongs to a tf.function that a tf.cond or tf.while_loop calls."""
+    while getattr(graph, "is_control_flow_graph", False):
+        graph = graph.outer_graph
+    while graph := getattr(graph, "outer_graph", None):
+        if getattr(graph, "is_control_flow_graph", False):
+            return True
+    return False
+
+
+def _refuse_collectives(graph: Any) -> None:
+    """Say in time what else fails in the first step as "must feed a value for placeholder".
+
+    TensorFlow numbers a collective when the outermost function is called, and does not hand the
+    number into a function that is called in a loop.
+    """
+    if any(operation.type.startswith("Collective") for operation in graph.get_operations()):
+        raise NotSynchronizableError(
+            "Synchronized training requires collectives that TensorFlow can number. Received: a "
+            "tf.function given to strategy.run inside tf.while_loop or tf.cond, as in Keras's fit "
+            "with steps_per_execution > 1 under a strategy (Keras's own training fails there too, "
+            "with any layer). Set steps_per_execution=1; in a loop of your own give strategy.run "
+            "a plain function and decorate the loop with @tf.function."
+        )
 
 
 def global_moments(local: Moments) -> Moments:
-    """Moments of the concatenated batch of all replicas; one collective, none for one replica."""
+    """Moments of the concatenated batch of all replicas; one collective, none for one replica.
+
+    Args:
+        local: those of this replica's part, in `moments_dtype()`.
+    """
     replicas = replica_count()
     if replicas == 1:
         return local
-    if _has_float64():
-        payload = pack_sums(Moments(*(tf.cast(part, tf.float64) for part in local)), xp)
-        return unpack_sums(sum_over_replicas(payload), xp)
-    row = pack_row(Moments(*(tf.cast(part, tf.float32) for part in local)), xp)
+    if moments_dtype() == tf.float64:
+        return unpack_sums(sum_over_replicas(pack_sums(local, xp)), xp)
+    row = pack_row(local, xp)
     replica = tf.distribute.get_replica_context().replica_id_in_sync_group
     table = tf.one_hot(replica, replicas, dtype=row.dtype)[:, None] * row
     return merge_table(sum_over_replicas(table), xp)
+
+
+def moments_dtype() -> Any:
+    """The dtype of the moments that replicas exchange: float64, but float32 on TPU."""
+    return tf.float64 if _has_float64() else tf.float32
 
 
 def _has_float64() -> bool:
@@ -82,8 +118,10 @@ def _has_float64() -> bool:
     return not isinstance(tf.distribute.get_strategy(), tf.distribute.TPUStrategy)
 
 
-_PARAMETER_SERVER_STRATEGIES = (
+_WITHOUT_MIRRORED_VARIABLES = (
+    tf.distribute.experimental.CentralStorageStrategy,
     tf.distribute.experimental.ParameterServerStrategy,
     tf.distribute.ParameterServerStrategy,
+    tf.compat.v1.distribute.experimental.CentralStorageStrategy,
     tf.compat.v1.distribute.experimental.ParameterServerStrategy,
 )

@@ -19,19 +19,39 @@ __all__ = ["CotangentSums", "Scaling", "composed", "kernel_for"]
 
 _AXES = (0, 1, 2)
 
+# Of the pass that only measures: keeps its discarded output finite for a constant channel.
+_MOMENTS_EPSILON = 1e-4
+
 
 class Scaling(NamedTuple):
-    """The C-sized vectors that normalize: `y = (x − mean) · gamma / √(variance + epsilon) + beta`."""
+    """The C-sized vectors that normalize: `y = (x − mean) · gamma / √(variance + epsilon) + beta`.
+
+    The mean is in two parts. At large means the distance between two float32 numbers is a visible
+    part of a standard deviation: `x − mean` is exact, and what the mean lacks goes into the offset.
+    """
 
     mean: Any  # shape (C,)
+    mean_rest: Any  # shape (C,): the mean less `mean`, smaller than its rounding
     variance: Any  # shape (C,), biased
     gamma: Any  # shape (C,)
     beta: Any  # shape (C,)
     epsilon: float
 
+    @classmethod
+    def of(cls, moments: Moments, gamma: Any, beta: Any, epsilon: float) -> Scaling:
+        """In the dtype of gamma, whatever that of the moments."""
+        mean = tf.cast(moments.mean, gamma.dtype)
+        rest = moments.mean - tf.cast(mean, moments.mean.dtype)
+        variance = tf.cast(moments.variance(xp), gamma.dtype)
+        return cls(mean, tf.cast(rest, gamma.dtype), variance, gamma, beta, epsilon)
+
     def inverse_deviation(self) -> Any:
         """`1 / √(variance + epsilon)`, shape (C,)."""
         return tf.math.rsqrt(self.variance + self.epsilon)
+
+    def offset(self) -> Any:
+        """What is added to `(x − mean) · gamma / √(…)`: beta, less what the mean lacks."""
+        return self.beta - self.mean_rest * self.gamma * self.inverse_deviation()
 
 
 class CotangentSums(NamedTuple):
@@ -54,23 +74,33 @@ def _count(x: Any, dtype: Any) -> Any:
     return tf.cast(tf.reduce_prod(tf.shape(x, out_type=tf.int64)[:3]), dtype)
 
 
-def _fused_moments(x: Any) -> Moments:
-    """Moments in float32. The normalized output of the fused kernel is dropped."""
+def _fused_moments(x: Any, dtype: Any) -> Moments:
+    """Moments in `dtype`, by float32."""
     channels = x.shape[3]
-    outputs = tf.raw_ops.FusedBatchNormV3(
+    y, mean, variance, *_ = tf.raw_ops.FusedBatchNormV3(
         x=x,
         scale=tf.ones(channels),
         offset=tf.zeros(channels),
         mean=tf.zeros(0),
         variance=tf.zeros(0),
+        epsilon=_MOMENTS_EPSILON,
         is_training=True,
     )
     count = _count(x, tf.float32)
     # The kernel returns the unbiased variance, and NaN of an empty batch, which must not travel.
     empty = tf.equal(count, 0)
-    mean = tf.where(empty, 0.0, outputs.batch_mean)
-    m2 = tf.where(empty, 0.0, outputs.batch_variance) * tf.maximum(count - 1, 0)
-    return Moments(count, mean, m2)
+    mean = tf.where(empty, 0.0, mean)
+    m2 = tf.where(empty, 0.0, variance) * tf.maximum(count - 1, 0)
+    count, mean, m2 = (tf.cast(part, dtype) for part in (count, mean, m2))
+    if x.dtype != tf.float32:
+        return Moments(count, mean, m2)
+    # The kernel's mean is a float32 sum, off by several roundings at a large mean; between replicas
+    # of different means that enters the variance at first order. y, which is there anyway, is
+    # centred by that mean and of the size of 1: its own mean is what the other lacks.
+    divisor = positive_or_one(count, xp)
+    deviation = tf.sqrt(tf.cast(m2 / divisor, tf.float32) + _MOMENTS_EPSILON)
+    rest = tf.cast(tf.reduce_sum(y, axis=_AXES) * deviation, dtype) / divisor
+    return Moments(count, mean + rest, tf.maximum(m2 - count * rest * rest, tf.zeros_like(m2)))
 
 
 def _fused_apply(x: Any, scaling: Scaling) -> Any:
@@ -78,7 +108,7 @@ def _fused_apply(x: Any, scaling: Scaling) -> Any:
     return tf.raw_ops.FusedBatchNormV3(
         x=x,
         scale=scaling.gamma,
-        offset=scaling.beta,
+        offset=scaling.offset(),
         mean=scaling.mean,
         variance=scaling.variance,
         epsilon=scaling.epsilon,
@@ -98,28 +128,35 @@ def _fused_backward(dy: Any, x: Any, scaling: Scaling) -> tuple[Any, CotangentSu
         epsilon=scaling.epsilon,
         is_training=False,
     )
-    return gradients.x_backprop, CotangentSums(gradients.offset_backprop, gradients.scale_backprop)
+    return gradients.x_backprop, _about_the_mean(
+        gradients.offset_backprop, gradients.scale_backprop, scaling
+    )
 
 
-def _composed_moments(x: Any) -> Moments:
-    """Moments in x's dtype, in two passes: first the mean, then the deviations from it."""
-    count = _count(x, x.dtype)
+def _about_the_mean(outputs: Any, normalized: Any, scaling: Scaling) -> CotangentSums:
+    """The sums, of which the second was taken about `mean` without its rest."""
+    rest = scaling.mean_rest * scaling.inverse_deviation()
+    return CotangentSums(outputs, normalized - rest * outputs)
+
+
+def _composed_moments(x: Any, dtype: Any) -> Moments:
+    """Moments in two passes: first the mean, then the deviations from it."""
+    x = tf.cast(x, dtype)
+    count = _count(x, dtype)
     mean = tf.reduce_sum(x, axis=_AXES) / positive_or_one(count, xp)
     return Moments(count, mean, tf.reduce_sum(tf.math.squared_difference(x, mean), axis=_AXES))
 
 
 def _composed_apply(x: Any, scaling: Scaling) -> Any:
     scale = scaling.gamma * scaling.inverse_deviation()
-    return (x - scaling.mean) * scale + scaling.beta
+    return (x - scaling.mean) * scale + scaling.offset()
 
 
 def _composed_backward(dy: Any, x: Any, scaling: Scaling) -> tuple[Any, CotangentSums]:
     inverse = scaling.inverse_deviation()
-    sums = CotangentSums(
-        outputs=tf.reduce_sum(dy, axis=_AXES),
-        normalized=tf.reduce_sum(dy * (x - scaling.mean), axis=_AXES) * inverse,
-    )
-    return dy * (scaling.gamma * inverse), sums
+    outputs = tf.reduce_sum(dy, axis=_AXES)
+    normalized = tf.reduce_sum(dy * (x - scaling.mean), axis=_AXES) * inverse
+    return dy * (scaling.gamma * inverse), _about_the_mean(outputs, normalized, scaling)
 
 
 fused = SimpleNamespace(moments=_fused_moments, apply=_fused_apply, backward=_fused_backward)

@@ -41,8 +41,7 @@ def normalize_by_global_batch(
         epsilon: added to the variance.
 
     Returns:
-        The outputs, in the dtype of the inputs, and the global moments: float32, or float64 for
-        float64 inputs.
+        The outputs, in the dtype of the inputs, and the global moments: float64, or float32 on TPU.
 
     Raises:
         NotSynchronizableError: the replicas cannot meet here.
@@ -55,20 +54,18 @@ def normalize_by_global_batch(
     to_view, from_view = _channels_last_views(inputs, axis)
     # Statistics are not part of what is differentiated here: the gradient below knows of them.
     constant = to_view(tf.stop_gradient(inputs))
-    local = kernels.kernel_for(constant.dtype).moments(constant)
-    moments = _cast(collectives.global_moments(local), dtype)
-    variance = moments.variance(xp)
+    kernel = kernels.kernel_for(inputs.dtype)
+    moments = collectives.global_moments(kernel.moments(constant, collectives.moments_dtype()))
 
     @tf.custom_gradient
     def normalize(x: Any, gamma: Any, beta: Any) -> tuple[Any, Callable[..., tuple[Any, ...]]]:
-        scaling = Scaling(moments.mean, variance, gamma, beta, epsilon)
-        view = to_view(x)
+        scaling = Scaling.of(moments, gamma, beta, epsilon)
 
         def gradient(dy: Any) -> tuple[Any, Any, Any]:
             dx, sums = _gradient(to_view(dy), to_view(x), scaling, moments)
             return from_view(dx), sums.normalized, sums.outputs
 
-        return from_view(kernels.kernel_for(view.dtype).apply(view, scaling)), gradient
+        return from_view(kernel.apply(to_view(x), scaling)), gradient
 
     outputs = normalize(
         inputs,
@@ -88,15 +85,11 @@ def _gradient(dy: Any, x: Any, scaling: Scaling, moments: Moments) -> tuple[Any,
             # that TensorFlow can derive. Two more collectives, paid by gradients of gradients only.
             with tf.GradientTape() as tape:
                 tape.watch((dy, x, gamma))
-                wide = tf.cast(x, _statistics_dtype(x.dtype))
-                again = collectives.global_moments(kernels.composed.moments(wide))
-                results = _gradient_by(
-                    kernels.composed,
-                    dy,
-                    x,
-                    Scaling(again.mean, again.variance(xp), gamma, scaling.beta, scaling.epsilon),
-                    again,
+                again = collectives.global_moments(
+                    kernels.composed.moments(x, collectives.moments_dtype())
                 )
+                derivable = Scaling.of(again, gamma, scaling.beta, scaling.epsilon)
+                results = _gradient_by(kernels.composed, dy, x, derivable, again.count)
             return tape.gradient(
                 results,
                 (dy, x, gamma),
@@ -104,24 +97,27 @@ def _gradient(dy: Any, x: Any, scaling: Scaling, moments: Moments) -> tuple[Any,
                 unconnected_gradients=tf.UnconnectedGradients.ZERO,
             )
 
-        kernel = kernels.kernel_for(_statistics_dtype(x.dtype))
-        return _gradient_by(kernel, dy, x, scaling, moments), second_order
+        kernel = kernels.kernel_for(gamma.dtype)
+        return _gradient_by(kernel, dy, x, scaling, moments.count), second_order
 
+    # What does not depend on dy would else run, and fill memory, as early as in the forward pass.
+    with tf.control_dependencies([dy]):
+        x = tf.identity(x)
     dx, *sums = fast(dy, x, scaling.gamma)
     return dx, CotangentSums(*sums)
 
 
 def _gradient_by(
-    kernel: SimpleNamespace, dy: Any, x: Any, scaling: Scaling, moments: Moments
+    kernel: SimpleNamespace, dy: Any, x: Any, scaling: Scaling, count: Any
 ) -> tuple[Any, Any, Any]:
     """dx, and this replica's sums for beta and gamma."""
     # In half precision the three terms of dx would each be rounded, and their small sum lost.
-    dtype = _statistics_dtype(x.dtype)
+    dtype = scaling.gamma.dtype
     wide_dy, wide_x = tf.cast(dy, dtype), tf.cast(x, dtype)
-    moments, scaling = _cast(moments, dtype), _cast(scaling, dtype)
     scaled, sums = kernel.backward(wide_dy, wide_x, scaling)
     total = _sum_over_replicas(sums)
-    factor = scaling.gamma * scaling.inverse_deviation() / positive_or_one(moments.count, xp)
+    divisor = tf.cast(positive_or_one(count, xp), dtype)
+    factor = scaling.gamma * scaling.inverse_deviation() / divisor
     # −gamma/√(…)·(x̂·Σ dy·x̂ + Σ dy)/n has the form of a normalization of x: one more fused pass.
     correction = kernel.apply(
         wide_x, scaling._replace(gamma=-factor * total.normalized, beta=-factor * total.outputs)
@@ -138,12 +134,6 @@ def _sum_over_replicas(sums: CotangentSums) -> CotangentSums:
 
 def _statistics_dtype(dtype: Any) -> Any:
     return tf.float64 if dtype == tf.float64 else tf.float32
-
-
-def _cast(vectors: Any, dtype: Any) -> Any:
-    """Moments or a Scaling in another dtype; numbers that are not tensors stay."""
-    parts = (tf.cast(part, dtype) if tf.is_tensor(part) else part for part in vectors)
-    return type(vectors)(*parts)
 
 
 def _channels_last_views(

@@ -1,0 +1,97 @@
+"""Contract 1 at large means and in low precision, and the float32 table where float64 is missing."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from syncbn._backends.tensorflow import collectives
+from tests.harness import (
+    assert_close,
+    assert_equals_one_device,
+    assert_statistics,
+    make_case,
+    observe,
+)
+
+
+@pytest.fixture(params=["float64 payload", "float32 table"])
+def payload(request, monkeypatch):
+    if request.param == "float32 table":
+        monkeypatch.setattr(collectives, "_has_float64", lambda: False)
+    return request.param
+
+
+@pytest.mark.usefixtures("payload")
+@pytest.mark.parametrize(("offset", "tolerance"), [(0.0, 2e-6), (1e3, 1e-4), (1e4, 1e-3)])
+def test_variance_at_a_large_mean(offset, tolerance):
+    # Means differ between the replicas too, so that the merge has something to merge.
+    case = make_case([(512, 4), (300, 4)], offset=offset)
+    case = case._replace(parts=[part + r for r, part in enumerate(case.parts)], momentum=0.0)
+    variance = observe(case).moving_variances[0]
+    expected = case.expected().variance
+    error = np.abs(variance / expected - 1).max()
+    assert error <= tolerance
+
+
+@pytest.mark.usefixtures("payload")
+def test_normalization_at_a_large_mean_keeps_the_digits_of_the_input():
+    # Integers and halves are exact in float32 here, so all of the error is the layer's own.
+    rng = np.random.default_rng(0)
+    parts = [(rng.integers(-6, 7, (size, 3)) / 2 + 4096).astype("f4") for size in (40, 24)]
+    case = make_case([(40, 3), (24, 3)])._replace(parts=parts)
+    observed = observe(case)
+    expected = case.expected()
+    for own, its in zip(observed.outputs, expected.outputs, strict=True):
+        # Far less than the distance of two float32 numbers at this mean, 5e-4.
+        assert_close("outputs", own, its, 2e-6)
+
+
+def test_float32_table_equals_one_device(monkeypatch):
+    monkeypatch.setattr(collectives, "_has_float64", lambda: False)
+    for shapes in [[(33, 6), (32, 6)], [(40, 6), (0, 6)], [(7, 6), (0, 6), (20, 6), (1, 6)]]:
+        case = make_case(shapes)
+        assert_equals_one_device(case, observe(case), 2e-6)
+
+
+def test_float32_table_of_an_empty_batch_moves_nothing(monkeypatch):
+    monkeypatch.setattr(collectives, "_has_float64", lambda: False)
+    case = make_case([(0, 6), (0, 6)])
+    assert_equals_one_device(case, observe(case), 0.0)
+
+
+# Unit roundoff of the dtype, times a few: outputs and gradients are rounded once to it.
+HALF = {"float16": 2e-3, "bfloat16": 1.6e-2}
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("policy", ["mixed", "pure"])
+def test_half_precision_keeps_statistics_in_float32(dtype, policy):
+    case = make_case([(33, 5, 4), (32, 5, 4)], dtype=dtype)
+    observed = observe(case, dtype=f"mixed_{dtype}" if policy == "mixed" else dtype)
+    expected = case.expected()
+    for name in ("outputs", "input_gradients"):
+        for own, its in zip(getattr(observed, name), getattr(expected, name), strict=True):
+            assert own.dtype == tf.as_dtype(dtype).as_numpy_dtype
+            assert_close(name, own, its, HALF[dtype])
+    if policy == "mixed":
+        # The weights are float32, and so the moving statistics show the precision they had.
+        assert_statistics(case, observed, 2e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_common_part_of_the_cotangent_does_not_drown_the_gradient(dtype):
+    # dx has no part of what all cotangents of a channel share; rounding before that part is taken
+    # away would leave little but rounding.
+    case = make_case([(33, 4), (32, 4)], dtype=dtype)
+    case = case._replace(cotangents=[c + np.array(16, c.dtype) for c in case.cotangents])
+    observed = observe(case, dtype=f"mixed_{dtype}")
+    for own, its in zip(observed.input_gradients, case.expected().input_gradients, strict=True):
+        assert_close("input gradients", own, its, HALF[dtype])
+
+
+def test_a_float64_layer_takes_float32_inputs():
+    case = make_case([(33, 4), (32, 4)])
+    observed = observe(case, dtype="float64")
+    assert observed.outputs[0].dtype == np.float64
+    for own, its in zip(observed.outputs, case.expected().outputs, strict=True):
+        assert_close("outputs", own, its, 1e-11)

@@ -1,0 +1,248 @@
+"""Where the layer works, and the errors where it cannot: loud, never local."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import syncbn
+from tests.harness import (
+    assert_close,
+    assert_equals_one_device,
+    local_results,
+    make_case,
+    make_layer,
+    make_step,
+    observe,
+    per_replica,
+    strategy_for,
+)
+
+
+@pytest.mark.parametrize("replicas", range(1, 9))
+def test_mirrored_strategy_with_one_to_eight_replicas(replicas):
+    case = make_case([(3 + 2 * r, 4) for r in range(replicas)])
+    if replicas == 1:
+        strategy = tf.distribute.MirroredStrategy(["CPU:0"])
+        layer = make_layer(case, strategy)
+        y = strategy.run(lambda x: layer(x, training=True), args=(tf.constant(case.parts[0]),))
+        assert_close("outputs", y, case.expected().outputs[0], 2e-6)
+    else:
+        assert_equals_one_device(case, observe(case), 2e-6)
+
+
+def test_one_device_strategy():
+    case = make_case([(9, 4)])
+    strategy = tf.distribute.OneDeviceStrategy("CPU:0")
+    layer = make_layer(case, strategy)
+    x, dy = tf.constant(case.parts[0]), tf.constant(case.cotangents[0])
+    y, dx, _ = tf.function(lambda: strategy.run(make_step(layer), args=(x, dy)))()
+    assert_close("outputs", y, case.expected().outputs[0], 2e-6)
+    assert_close("input gradients", dx, case.expected().input_gradients[0], 2e-6)
+
+
+@pytest.mark.parametrize(
+    "cross_device_ops", [tf.distribute.ReductionToOneDevice, tf.distribute.HierarchicalCopyAllReduce]
+)
+def test_any_way_to_reduce_across_devices(cross_device_ops):
+    strategy = tf.distribute.MirroredStrategy(
+        ["CPU:0", "CPU:1"], cross_device_ops=cross_device_ops()
+    )
+    case = make_case([(33, 4), (32, 4)])
+    layer = make_layer(case, strategy)
+    y = strategy.run(lambda x: layer(x, training=True), args=(per_replica(strategy, case.parts),))
+    for own, its in zip(local_results(strategy, y), case.expected().outputs, strict=True):
+        assert_close("outputs", own, its, 2e-6)
+
+
+def test_replicas_that_were_traced_with_different_knowledge_of_their_shapes():
+    """TensorFlow traces a ragged batch with known sizes on one replica and unknown on another."""
+    strategy = strategy_for(2)
+    layer = make_layer(make_case([(8, 4), (8, 4)]), strategy)
+    step = make_step(layer)
+    run = tf.function(
+        lambda x, dy: strategy.run(step, args=(x, dy)), reduce_retracing=True, autograph=False
+    )
+    for sizes in [(8, 8), (8, 5), (8, 3), (2, 8)]:
+        case = make_case([(size, 4) for size in sizes])._replace(gamma=np.ones(4), beta=np.zeros(4))
+        layer.gamma.assign(case.gamma)
+        layer.beta.assign(case.beta)
+        y, dx, _ = run(per_replica(strategy, case.parts), per_replica(strategy, case.cotangents))
+        expected = case.expected()
+        for replica in range(2):
+            assert_close("outputs", local_results(strategy, y)[replica], expected.outputs[replica], 2e-6)
+            assert_close(
+                "input gradients",
+                local_results(strategy, dx)[replica],
+                expected.input_gradients[replica],
+                2e-6,
+            )
+
+
+def test_a_loop_around_strategy_run_moves_the_statistics_each_time():
+    strategy = strategy_for(2)
+    case = make_case([(9, 4), (4, 4)])
+    layer = make_layer(case, strategy)
+
+    @tf.function
+    def three_steps(x):
+        for _ in tf.range(3):
+            strategy.run(lambda x: layer(x, training=True), args=(x,))
+
+    three_steps(per_replica(strategy, case.parts))
+    expected = case.expected().mean * (1 - case.momentum**3)
+    assert_close("moving mean", layer.moving_mean.numpy(), expected, 2e-6)
+
+
+def a_tf_cond(layer, x):
+    return tf.cond(tf.reduce_sum(x) < 1e9, lambda: layer(x, training=True), lambda: x)
+
+
+def a_tf_while_loop(layer, x):
+    return tf.while_loop(lambda i, _: i < 2, lambda i, y: (i + 1, layer(y, training=True)), (0, x))
+
+
+def a_nested_tf_function(layer, x):
+    return tf.function(lambda x: layer(x, training=True))(x)
+
+
+@pytest.mark.parametrize("autograph", [True, False])
+@pytest.mark.parametrize("body", [a_tf_cond, a_tf_while_loop, a_nested_tf_function])
+def test_control_flow_within_a_replica_is_refused_with_the_remedy(body, autograph):
+    strategy = strategy_for(2)
+    case = make_case([(9, 4), (4, 4)])
+    layer = make_layer(case, strategy)
+
+    @tf.function(autograph=autograph)
+    def step(x):
+        return strategy.run(lambda x: body(layer, x), args=(x,))
+
+    with pytest.raises(syncbn.NotSynchronizableError) as raised:
+        step(per_replica(strategy, case.parts))
+    assert "Received: a call inside tf.cond, tf.while_loop or a nested tf.function" in str(raised.value)
+    assert "around strategy.run" in str(raised.value)
+
+
+@pytest.mark.parametrize("body", [a_tf_cond, a_tf_while_loop, a_nested_tf_function])
+def test_control_flow_on_one_device_works(body):
+    case = make_case([(9, 4)])
+    layer = make_layer(case, strategy_for(1))
+    tf.function(lambda x: body(layer, x))(tf.constant(case.parts[0]))
+    assert np.abs(layer.moving_mean.numpy()).min() > 0
+
+
+def fit(strategy, layer, **compile_arguments):
+    rng = np.random.default_rng(0)
+    with strategy.scope():
+        model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3), layer(), keras.layers.Dense(1)])
+        model.compile("sgd", "mse", **compile_arguments)
+    x = rng.normal(size=(64, 4)).astype("f4")
+    model.fit(x, x[:, :1], batch_size=8, epochs=1, verbose=0, shuffle=False)
+    return model
+
+
+@pytest.mark.parametrize("run_eagerly", [True, False])
+def test_keras_fit_under_mirrored_strategy_equals_one_device(run_eagerly):
+    models = []
+    for replicas in (1, 2):
+        keras.utils.set_random_seed(0)
+        strategy = strategy_for(replicas)
+        models.append(fit(strategy, syncbn.SyncBatchNormalization, run_eagerly=run_eagerly))
+    for own, its in zip(models[1].get_weights(), models[0].get_weights(), strict=True):
+        assert np.abs(own - its).max() < 1e-5
+
+
+def test_steps_per_execution_works_on_one_device():
+    fit(strategy_for(1), syncbn.SyncBatchNormalization, steps_per_execution=4)
+
+
+def test_steps_per_execution_under_a_strategy_is_refused_with_the_remedy():
+    with pytest.raises(syncbn.NotSynchronizableError, match="Set steps_per_execution=1"):
+        fit(strategy_for(2), syncbn.SyncBatchNormalization, steps_per_execution=4)
+
+
+def test_cross_replica_context_is_refused_in_training_alone():
+    strategy = strategy_for(2)
+    layer = make_layer(make_case([(3, 4), (3, 4)]), strategy)
+    x = tf.ones((3, 4))
+    with strategy.scope():
+        assert layer(x, training=False).shape == x.shape
+        with pytest.raises(syncbn.NotSynchronizableError) as raised:
+            layer(x, training=True)
+    message = str(raised.value)
+    assert "requires a replica context" in message
+    assert "Received: a call with training=True in the cross-replica context of MirroredStrategy" in message
+    assert "inside strategy.run(step, args=(batch,))" in message
+
+
+def test_a_model_is_built_in_the_scope_also_with_training_true():
+    strategy = strategy_for(2)
+    with strategy.scope():
+        inputs = keras.Input((4,))
+        model = keras.Model(inputs, syncbn.SyncBatchNormalization()(inputs, training=True))
+    assert model.output_shape == (None, 4)
+    assert not model.layers[1].moving_mean.numpy().any()
+
+
+class Subclassed(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.normalization = syncbn.SyncBatchNormalization()
+
+    def call(self, inputs, training=False):  # noqa: ARG002
+        return self.normalization(inputs, training=True)
+
+
+def test_a_subclassed_model_is_built_by_shapes_in_the_scope():
+    with strategy_for(2).scope():
+        model = Subclassed()
+        spec = keras.KerasTensor((None, 4))
+        assert model.compute_output_spec(spec).shape == (None, 4)
+
+
+def test_central_storage_strategy_is_refused():
+    strategy = tf.distribute.experimental.CentralStorageStrategy(["CPU:0", "CPU:1"])
+    with strategy.scope():
+        layer = syncbn.SyncBatchNormalization()
+        layer.build((None, 4))
+    with pytest.raises(syncbn.NotSynchronizableError) as raised:
+        strategy.run(lambda: layer(tf.ones((3, 4)), training=True))
+    assert "Received: CentralStorageStrategy" in str(raised.value)
+    assert "Train under one of those" in str(raised.value)
+
+
+def test_a_mask_is_refused_in_training_and_passes_in_inference():
+    layer = syncbn.SyncBatchNormalization(name="norm")
+    x, mask = tf.ones((2, 3, 4)), tf.constant([[True, True, False], [True, False, False]])
+    assert layer(x, training=False, mask=mask).shape == x.shape
+    with pytest.raises(syncbn.UnsupportedFeatureError) as raised:
+        layer(x, training=True, mask=mask)
+    assert "requires inputs without a mask in training" in str(raised.value)
+    assert "Received: a mask of shape (2, 3)" in str(raised.value)
+
+
+def test_a_mask_that_an_embedding_makes_is_refused_too():
+    model = keras.Sequential(
+        [keras.layers.Embedding(5, 4, mask_zero=True), syncbn.SyncBatchNormalization()]
+    )
+    with pytest.raises(syncbn.UnsupportedFeatureError, match="mask"):
+        model(tf.constant([[1, 2, 0]]), training=True)
+
+
+def test_renorm_is_refused():
+    with pytest.raises(syncbn.UnsupportedFeatureError, match="requires renorm=False"):
+        syncbn.SyncBatchNormalization(renorm=True)
+
+
+@pytest.mark.parametrize("value", [True, False])
+def test_synchronized_is_not_an_argument(value):
+    with pytest.raises(TypeError, match="this layer always synchronizes"):
+        syncbn.SyncBatchNormalization(synchronized=value)
+
+
+def test_other_backends_are_refused_in_training(monkeypatch):
+    layer = syncbn.SyncBatchNormalization()
+    layer.build((None, 4))
+    monkeypatch.setattr(keras.backend, "backend", lambda: "jax")
+    with pytest.raises(syncbn.NotSynchronizableError, match="keras.backend.backend\\(\\)='jax'"):
+        layer.call(tf.ones((2, 4)), training=True)
