@@ -166,13 +166,13 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
 
     def _move_statistics(self, moments: Moments) -> None:
         """`moving · momentum + batch · (1 − momentum)`; nothing moves by an empty global batch."""
+        share = ops.cast(moments.count > 0, moments.count.dtype) * (1.0 - self.momentum)
         for moving, batch in (
             (self.moving_mean, moments.mean),
             (self.moving_variance, moments.variance(ops)),
         ):
             old = ops.cast(moving, batch.dtype)
-            new = old * self.momentum + batch * (1.0 - self.momentum)
-            moving.assign(ops.where(moments.count > 0, new, old))
+            moving.assign(old + (batch - old) * share)
 
     def get_config(self) -> dict[str, Any]:
         """The constructor's arguments, as Keras serializes them."""

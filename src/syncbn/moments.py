@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-__all__ = ["Moments", "merge_table", "pack_row", "pack_sums", "unpack_sums"]
+__all__ = ["Moments", "as_divisor", "merge_table", "pack_row", "pack_sums", "unpack_sums"]
 
 
 class Moments(NamedTuple):
@@ -32,12 +32,12 @@ class Moments(NamedTuple):
 
     def variance(self, xp: Any) -> Any:
         """Biased variance `M2 / n`, shape (C,), as Keras keeps it; 0 for an empty set."""
-        return self.m2 / positive_or_one(self.count, xp)
+        return self.m2 / as_divisor(self.count, xp)
 
 
-def positive_or_one(count: Any, xp: Any) -> Any:
-    """The count as a safe divisor: of an empty set every sum is 0, so any divisor serves."""
-    return xp.where(count > 0, count, xp.zeros_like(count) + 1)
+def as_divisor(count: Any, xp: Any) -> Any:
+    """The count, or something tiny for 0: of an empty set every sum is 0, and stays 0."""
+    return xp.maximum(count, 1e-30)
 
 
 def pack_sums(moments: Moments, xp: Any) -> Any:
@@ -50,11 +50,11 @@ def pack_sums(moments: Moments, xp: Any) -> Any:
 def unpack_sums(payload: Any, xp: Any) -> Moments:
     """Moments of the union, from the sum over all sets of their sum forms."""
     channels = (payload.shape[0] - 1) // 2
-    count = payload[0]
-    mean = payload[1 : 1 + channels] / positive_or_one(count, xp)
-    m2 = payload[1 + channels :] - count * mean * mean
+    count, total = payload[0], payload[1 : 1 + channels]
+    mean = total / as_divisor(count, xp)
+    m2 = payload[1 + channels :] - total * mean
     # Rounding may leave a constant channel a hair below zero, of which rsqrt would make NaN.
-    return Moments(count, mean, xp.maximum(m2, xp.zeros_like(m2)))
+    return Moments(count, mean, xp.maximum(m2, 0.0))
 
 
 def pack_row(moments: Moments, xp: Any) -> Any:
@@ -73,7 +73,7 @@ def merge_table(table: Any, xp: Any) -> Moments:
     counts = table[:, :1]
     means = table[:, 1 : 1 + channels]
     count = xp.sum(counts)
-    divisor = positive_or_one(count, xp)
+    divisor = as_divisor(count, xp)
     pivot = xp.sum(counts * means, axis=0) / divisor
     deviations = xp.where(counts > 0, means - pivot, xp.zeros_like(means))
     shift = xp.sum(counts * deviations, axis=0) / divisor

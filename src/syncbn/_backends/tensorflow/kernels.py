@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from syncbn._backends.tensorflow.namespace import xp
-from syncbn.moments import Moments, positive_or_one
+from syncbn.moments import Moments, as_divisor
 
 __all__ = ["CotangentSums", "Scaling", "composed", "kernel_for"]
 
@@ -21,6 +21,9 @@ _AXES = (0, 1, 2)
 
 # Of the pass that only measures: keeps its discarded output finite for a constant channel.
 _MOMENTS_EPSILON = 1e-4
+
+# In standard deviations: up to here the fused kernel's mean is right to 2e-6 of one.
+_LARGE_MEAN = 4.0
 
 
 class Scaling(NamedTuple):
@@ -86,21 +89,31 @@ def _fused_moments(x: Any, dtype: Any) -> Moments:
         epsilon=_MOMENTS_EPSILON,
         is_training=True,
     )
-    count = _count(x, tf.float32)
-    # The kernel returns the unbiased variance, and NaN of an empty batch, which must not travel.
-    empty = tf.equal(count, 0)
-    mean = tf.where(empty, 0.0, mean)
-    m2 = tf.where(empty, 0.0, variance) * tf.maximum(count - 1, 0)
-    count, mean, m2 = (tf.cast(part, dtype) for part in (count, mean, m2))
+    count = _count(x, dtype)
+    if not x.shape.is_fully_defined() or 0 in x.shape:
+        # The kernel's statistics of an empty batch are NaN, which must not travel.
+        mean, variance = (tf.where(count > 0, part, 0.0) for part in (mean, variance))
+    # The kernel's variance is the unbiased one.
+    m2 = tf.cast(variance, dtype) * tf.maximum(count - 1, 0)
     if x.dtype != tf.float32:
-        return Moments(count, mean, m2)
-    # The kernel's mean is a float32 sum, off by several roundings at a large mean; between replicas
-    # of different means that enters the variance at first order. y, which is there anyway, is
-    # centred by that mean and of the size of 1: its own mean is what the other lacks.
-    divisor = positive_or_one(count, xp)
-    deviation = tf.sqrt(tf.cast(m2 / divisor, tf.float32) + _MOMENTS_EPSILON)
-    rest = tf.cast(tf.reduce_sum(y, axis=_AXES) * deviation, dtype) / divisor
-    return Moments(count, mean + rest, tf.maximum(m2 - count * rest * rest, tf.zeros_like(m2)))
+        return Moments(count, tf.cast(mean, dtype), m2)
+
+    def refined() -> tuple[Any, Any]:
+        # y is there anyway, centred and of the size of 1: its own mean is what the mean lacks.
+        deviation = tf.sqrt(tf.cast(m2 / as_divisor(count, xp), tf.float32) + _MOMENTS_EPSILON)
+        rest = tf.reduce_sum(y, axis=_AXES) * deviation
+        rest = tf.cast(rest, dtype) / as_divisor(count, xp)
+        return tf.cast(mean, dtype) + rest, tf.maximum(m2 - count * rest * rest, 0)
+
+    # The kernel's mean is a float32 sum, a few roundings off. Between replicas of different means
+    # that enters the variance at first order, and where the mean is large it is no longer small.
+    large = tf.reduce_any(tf.square(mean) > _LARGE_MEAN**2 * variance)
+    if tf.config.list_logical_devices("GPU"):
+        # A branch would wait for the device; there the pass over y is cheap.
+        mean, m2 = refined()
+    else:
+        mean, m2 = tf.cond(large, refined, lambda: (tf.cast(mean, dtype), m2))
+    return Moments(count, mean, m2)
 
 
 def _fused_apply(x: Any, scaling: Scaling) -> Any:
@@ -143,7 +156,7 @@ def _composed_moments(x: Any, dtype: Any) -> Moments:
     """Moments in two passes: first the mean, then the deviations from it."""
     x = tf.cast(x, dtype)
     count = _count(x, dtype)
-    mean = tf.reduce_sum(x, axis=_AXES) / positive_or_one(count, xp)
+    mean = tf.reduce_sum(x, axis=_AXES) / as_divisor(count, xp)
     return Moments(count, mean, tf.reduce_sum(tf.math.squared_difference(x, mean), axis=_AXES))
 
 

@@ -11,7 +11,7 @@ import tensorflow as tf
 from syncbn._backends.tensorflow import collectives, kernels
 from syncbn._backends.tensorflow.kernels import CotangentSums, Scaling
 from syncbn._backends.tensorflow.namespace import xp
-from syncbn.moments import Moments, positive_or_one
+from syncbn.moments import Moments, as_divisor
 
 __all__ = ["normalize_by_global_batch"]
 
@@ -116,7 +116,7 @@ def _gradient_by(
     wide_dy, wide_x = tf.cast(dy, dtype), tf.cast(x, dtype)
     scaled, sums = kernel.backward(wide_dy, wide_x, scaling)
     total = _sum_over_replicas(sums)
-    divisor = tf.cast(positive_or_one(count, xp), dtype)
+    divisor = tf.cast(as_divisor(count, xp), dtype)
     factor = scaling.gamma * scaling.inverse_deviation() / divisor
     # −gamma/√(…)·(x̂·Σ dy·x̂ + Σ dy)/n has the form of a normalization of x: one more fused pass.
     correction = kernel.apply(
