@@ -142,7 +142,7 @@ def observe(
     if mode == "graph":
         run = tf.function(run, autograph=False)
         if unknown_sizes and len(case.parts) > 1:
-            run = run.get_concrete_function(*(_any_size(v, case.axis) for v in (parts, cotangents)))
+            run = run.get_concrete_function(*(any_size(v, case.axis) for v in (parts, cotangents)))
     y, dx, of_weights = run(parts, cotangents)
     gradients = [local_results(strategy, gradient) for gradient in of_weights]
     if not layer.center:
@@ -158,7 +158,7 @@ def observe(
     )
 
 
-def _any_size(value: Any, axis: int) -> Any:
+def any_size(value: Any, axis: int) -> Any:
     """The spec of a per-replica value with only its rank and its channels known."""
     from tensorflow.python.distribute.values import PerReplicaSpec
 

@@ -35,7 +35,8 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
     variance also in the moving average, `trainable=False` means inference. Moving statistics are
     bitwise the same on every replica; a globally empty batch leaves them untouched. Inference is
     `keras.layers.BatchNormalization`'s own. Names, order and shapes of the weights are its too, so
-    that weights and checkpoints go from one to the other.
+    that `set_weights` takes those of the other. (`.weights.h5` files address layers by the name of
+    their class: one of a model with plain layers does not load into one with these.)
 
     Shapes:
         inputs: any rank, channels on `axis`; every other size may be unknown, differ between

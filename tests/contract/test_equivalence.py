@@ -1,11 +1,23 @@
 """Contract 1: any split of the global batch gives what one device gives on all of it."""
 
+import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.harness import assert_equals_one_device, make_case, observe
+import syncbn
+from tests.harness import (
+    any_size,
+    assert_close,
+    assert_equals_one_device,
+    local_results,
+    make_case,
+    observe,
+    per_replica,
+    strategy_for,
+)
 
 TOLERANCE = {"float64": 1e-11, "float32": 2e-6}
 
@@ -70,6 +82,29 @@ def test_spatial_sizes_may_differ_between_replicas():
 def test_channels_that_are_not_last_on_a_replica_without_elements():
     case = make_case([(0, 3, 4, 5), (6, 3, 4, 5)], axis=1)
     assert_equals_one_device(case, observe(case), TOLERANCE["float32"])
+
+
+def test_an_empty_batch_behind_a_convolution():
+    """oneDNN's convolution returns an empty batch in the wrong shape, (0, 9, 9, 3) here."""
+    strategy = strategy_for(2)
+    with strategy.scope():
+        model = keras.Sequential(
+            [keras.Input((9, 9, 3)), keras.layers.Conv2D(5, 3), syncbn.SyncBatchNormalization()]
+        )
+    x, dy = make_case([(8, 9, 9, 3), (0, 9, 9, 3)]), make_case([(8, 7, 7, 5), (0, 7, 7, 5)])
+
+    def step(x, dy):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = model(x, training=True)
+        return y, tape.gradient(y, x, output_gradients=dy)
+
+    signature = [any_size(per_replica(strategy, parts), -1) for parts in (x.parts, dy.cotangents)]
+    run = tf.function(lambda x, dy: strategy.run(step, args=(x, dy)), input_signature=signature)
+    y, _ = run(per_replica(strategy, x.parts), per_replica(strategy, dy.cotangents))
+    alone = model.layers[0](x.parts[0]).numpy()
+    expected = alone - alone.mean((0, 1, 2))
+    assert_close("outputs", local_results(strategy, y)[0] * np.sqrt(alone.var((0, 1, 2)) + 1e-3), expected, 1e-5)
 
 
 @pytest.mark.parametrize(("center", "scale"), [(False, True), (True, False), (False, False)])

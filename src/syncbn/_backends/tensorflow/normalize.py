@@ -147,9 +147,9 @@ def _channels_last_views(
     rank = inputs.shape.rank
     axis %= rank
     channels = inputs.shape[axis]
-    if axis == rank - 1 and rank == 4:
+    shape = _believable_shape(inputs)
+    if axis == rank - 1 == 3 and inputs.shape.is_fully_defined():
         return _unchanged, _unchanged
-    shape = inputs.shape if inputs.shape.is_fully_defined() else tf.shape(inputs)
     if axis == rank - 1:
         return (
             lambda tensor: tf.reshape(tensor, (-1, 1, 1, channels)),
@@ -157,11 +157,23 @@ def _channels_last_views(
         )
     to_last = [*range(axis), *range(axis + 1, rank), axis]
     from_last = [*range(axis), rank - 1, *range(axis, rank - 1)]
-    transposed_shape = tf.gather(shape, to_last)
+    transposed_shape = [shape[position] for position in to_last]
     return (
         lambda tensor: tf.reshape(tf.transpose(tensor, to_last), (-1, 1, 1, channels)),
         lambda view: tf.transpose(tf.reshape(view, transposed_shape), from_last),
     )
+
+
+def _believable_shape(inputs: Any) -> list[Any]:
+    """Sizes by what is known when tracing, and by the tensor itself only where that is unknown.
+
+    A convolution by oneDNN returns an empty batch in the shape of its own input, (0, 6, 6, 2) for
+    what was declared (None, 4, 4, 4), and the fused kernels look at the last size.
+    """
+    if inputs.shape.is_fully_defined():
+        return list(inputs.shape)
+    sizes = tf.shape(inputs)
+    return [sizes[i] if size is None else size for i, size in enumerate(inputs.shape)]
 
 
 def _unchanged(tensor: Any) -> Any:

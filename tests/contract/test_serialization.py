@@ -1,0 +1,128 @@
+"""Saved, cloned, rebuilt: still synchronized, still a BatchNormalization."""
+
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+
+import syncbn
+
+ARGUMENTS = {
+    "axis": 1,
+    "momentum": 0.8,
+    "epsilon": 1e-4,
+    "center": False,
+    "scale": True,
+    "beta_initializer": "ones",
+    "gamma_initializer": keras.initializers.Constant(2.0),
+    "moving_mean_initializer": keras.initializers.Constant(0.5),
+    "moving_variance_initializer": keras.initializers.Constant(3.0),
+    "gamma_regularizer": keras.regularizers.L2(0.1),
+    "beta_constraint": keras.constraints.NonNeg(),
+    "renorm_momentum": 0.7,
+    "name": "my_norm",
+    "dtype": "mixed_bfloat16",
+    "trainable": False,
+}
+
+
+@pytest.fixture
+def model():
+    model = keras.Sequential(
+        [keras.Input((3, 4)), syncbn.SyncBatchNormalization(name="norm"), keras.layers.Dense(2)]
+    )
+    rng = np.random.default_rng(0)
+    model.set_weights([rng.uniform(0.5, 2, w.shape) for w in model.get_weights()])
+    return model
+
+
+def test_it_is_a_keras_batch_normalization():
+    layer = syncbn.SyncBatchNormalization()
+    assert isinstance(layer, keras.layers.BatchNormalization)
+    assert layer.synchronized is True
+
+
+def test_signature_is_that_of_keras_without_synchronized():
+    import inspect
+
+    ours = inspect.signature(syncbn.SyncBatchNormalization.__init__).parameters
+    theirs = dict(inspect.signature(keras.layers.BatchNormalization.__init__).parameters)
+    del theirs["synchronized"]
+    # By keyword and default; the order too, since old code passes some by position.
+    assert [(p.name, p.default) for p in ours.values()] == [
+        (p.name, p.default) for p in theirs.values()
+    ]
+
+
+def test_weights_have_the_names_order_and_shapes_of_keras():
+    layers = [syncbn.SyncBatchNormalization(), keras.layers.BatchNormalization()]
+    for layer in layers:
+        layer.build((None, 3, 5))
+    ours, theirs = ([(w.name, w.shape, w.trainable) for w in layer.weights] for layer in layers)
+    assert ours == theirs
+    layers[0].set_weights(layers[1].get_weights())
+
+
+def test_config_round_trip_keeps_every_argument():
+    layer = syncbn.SyncBatchNormalization(**ARGUMENTS)
+    config = layer.get_config()
+    assert "synchronized" not in config
+    again = syncbn.SyncBatchNormalization.from_config(config)
+    assert type(again) is syncbn.SyncBatchNormalization
+    assert again.get_config() == config
+    assert (again.axis, again.momentum, again.trainable, again.name) == (1, 0.8, False, "my_norm")
+
+
+def test_a_config_of_keras_batch_normalization_is_taken():
+    config = keras.layers.BatchNormalization(momentum=0.7, synchronized=True).get_config()
+    layer = syncbn.SyncBatchNormalization.from_config(config)
+    assert layer.momentum == 0.7
+
+
+def test_inference_is_bitwise_that_of_keras(model):
+    x = np.random.default_rng(1).normal(5, 3, (7, 3, 4)).astype("float32")
+    plain = keras.layers.BatchNormalization()
+    plain.build((None, 3, 4))
+    plain.set_weights(model.get_layer("norm").get_weights())
+    np.testing.assert_array_equal(model.get_layer("norm")(x), plain(x))
+
+
+def test_clone_model_keeps_it_synchronized(model):
+    clone = keras.models.clone_model(model)
+    assert type(clone.get_layer("norm")) is syncbn.SyncBatchNormalization
+
+
+def test_keras_file_keeps_it_synchronized(model, tmp_path):
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert type(loaded.get_layer("norm")) is syncbn.SyncBatchNormalization
+    for own, its in zip(loaded.get_weights(), model.get_weights(), strict=True):
+        np.testing.assert_array_equal(own, its)
+
+
+@pytest.mark.parametrize("imports", ["import keras, syncbn", "import syncbn; syncbn.SyncBatchNormalization; import keras"])
+def test_a_fresh_process_that_imports_syncbn_loads_it(model, tmp_path, imports):
+    model.save(tmp_path / "model.keras")
+    code = f"{imports}; m = keras.models.load_model({str(tmp_path / 'model.keras')!r}); print(type(m.get_layer('norm')).__name__)"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert result.stdout.strip() == "SyncBatchNormalization", result.stderr
+
+
+def test_exported_model_serves_without_syncbn(model, tmp_path):
+    model.export(str(tmp_path / "export"), verbose=False)
+    code = (
+        "import sys, numpy as np, tensorflow as tf\n"
+        f"m = tf.saved_model.load({str(tmp_path / 'export')!r})\n"
+        "print(float(tf.reduce_sum(m.serve(np.ones((2, 3, 4), 'float32')))))\n"
+        "assert 'syncbn' not in sys.modules"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    expected = float(np.sum(model.predict(np.ones((2, 3, 4), "float32"), verbose=0)))
+    assert float(result.stdout) == pytest.approx(expected, rel=1e-5)

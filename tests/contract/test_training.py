@@ -1,0 +1,72 @@
+"""Whole training: a hundred steps on replicas end at the weights of one device."""
+
+import keras
+import numpy as np
+import pytest
+
+import syncbn
+from syncbn._backends.tensorflow.loop import ClassifierLoop
+from tests.harness import strategy_for
+
+# float32 as the contract of the job has it; float64 shows that only rounding is between them.
+TOLERANCE = {"float32": 1e-4, "float64": 1e-9}
+
+
+def weights_after_a_hundred_steps(replicas, dtype, layer, examples=330):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(examples, 6, 6, 2)).astype(dtype)
+    y = (x.mean(axis=(1, 2, 3)) > 0).astype("int32") + (x[:, 0, 0, 0] > 1)
+
+    def make_model():
+        keras.utils.set_random_seed(1)
+        return keras.Sequential(
+            [
+                keras.Input((6, 6, 2)),
+                keras.layers.Conv2D(4, 3, use_bias=False, dtype=dtype),
+                layer(momentum=0.9, dtype=dtype),
+                keras.layers.Activation("tanh", dtype=dtype),
+                keras.layers.Flatten(dtype=dtype),
+                keras.layers.Dense(5, dtype=dtype),
+                layer(momentum=0.9, dtype=dtype),
+                keras.layers.Dense(3, activation="softmax", dtype=dtype),
+            ]
+        )
+
+    loop = ClassifierLoop(strategy_for(replicas), make_model, lambda: keras.optimizers.SGD(0.05))
+    steps = 0
+    while steps < 100:
+        # 330 = 10 · 32 + 10: every eleventh batch is ragged, and leaves replicas empty.
+        for batch, size in loop.batches(x, y, rng.permutation(len(x)), 32):
+            loop.step(batch, size)
+            steps += 1
+    return loop.weights()
+
+
+def largest_difference(ours, reference):
+    return max(np.abs(own - its).max() for own, its in zip(ours, reference, strict=True))
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    return {
+        dtype: weights_after_a_hundred_steps(1, dtype, keras.layers.BatchNormalization)
+        for dtype in TOLERANCE
+    }
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("replicas", [2, 4])
+def test_a_hundred_steps_of_sgd_end_at_the_weights_of_one_device(replicas, dtype, one_device):
+    ours = weights_after_a_hundred_steps(replicas, dtype, syncbn.SyncBatchNormalization)
+    assert largest_difference(ours, one_device[dtype]) <= TOLERANCE[dtype]
+
+
+def test_local_statistics_end_elsewhere():
+    """The comparison can fail: plain batch normalization on two replicas does."""
+    layer = keras.layers.BatchNormalization
+    # Without an empty replica, of which plain batch normalization makes NaN.
+    local, reference = (
+        weights_after_a_hundred_steps(replicas, "float64", layer, examples=320)
+        for replicas in (2, 1)
+    )
+    assert largest_difference(local, reference) > 1e-3

@@ -1,0 +1,31 @@
+"""MultiWorkerMirroredStrategy over real processes, in a custom loop."""
+
+import numpy as np
+import pytest
+
+from tests.harness import Observed, assert_equals_one_device, make_case
+from tests.multiprocess.cluster import run_workers
+from tests.multiprocess.workers.cases import CASES
+
+pytestmark = pytest.mark.multiprocess
+
+
+@pytest.fixture(scope="module")
+def workers(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("workers")
+    run_workers("tests.multiprocess.workers.equivalence", 2, [str(folder)], timeout=200)
+    return [np.load(folder / f"worker{index}.npz") for index in range(2)]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_workers_give_what_one_device_gives(workers, name):
+    shapes, dtype, _ = CASES[name]
+    fields = ("y", "dx", "gamma", "beta", "mean", "variance")
+    observed = Observed(*([worker[f"{name}/{field}"] for worker in workers] for field in fields))
+    tolerance = {"float32": 2e-6, "float64": 1e-11}[dtype]
+    assert_equals_one_device(make_case(shapes, dtype=dtype), observed, tolerance)
+
+
+@pytest.mark.parametrize("name", [name for name, (_, _, mode) in CASES.items() if mode == "graph"])
+def test_each_worker_issues_one_collective_each_way(workers, name):
+    assert [int(worker[f"{name}/collectives"]) for worker in workers] == [2, 2]
