@@ -37,7 +37,9 @@ class FusedLocal(keras.layers.BatchNormalization):  # type: ignore[misc]
     """TensorFlow's fused kernel with its own gradient, on the part of one replica: no collective."""
 
     def call(self, inputs: Any, training: bool | None = None, mask: Any = None) -> Any:  # noqa: ARG002
-        view = tf.reshape(inputs, (-1, 1, 1, inputs.shape[-1])) if inputs.shape.rank != 4 else inputs
+        view = (
+            tf.reshape(inputs, (-1, 1, 1, inputs.shape[-1])) if inputs.shape.rank != 4 else inputs
+        )
         outputs, mean, variance, *_ = tf.raw_ops.FusedBatchNormV3(
             x=view,
             scale=self.gamma.value,
@@ -81,9 +83,7 @@ def make_step(
         with tf.GradientTape() as tape:
             tape.watch(x)
             y = layer(x, training=True)
-        gradients = tape.gradient(
-            y, [x, layer.gamma.value, layer.beta.value], output_gradients=dy
-        )
+        gradients = tape.gradient(y, [x, layer.gamma.value, layer.beta.value], output_gradients=dy)
         # The whole result is made, and only a number of it leaves the function.
         return y[0, ..., 0], gradients[0][0, ..., 0], gradients[1], gradients[2]
 

@@ -193,7 +193,9 @@ def assert_equals_one_device(case: Case, observed: Observed, tolerance: float) -
     for own, its in zip(observed.outputs, expected.outputs, strict=True):
         assert own.shape == its.shape
     assert_close(
-        "input gradients", joined(observed.input_gradients), joined(expected.input_gradients),
+        "input gradients",
+        joined(observed.input_gradients),
+        joined(expected.input_gradients),
         tolerance,
     )
     gamma_gradient = np.sum(np.asarray(observed.gamma_gradients, np.float64), axis=0)

@@ -104,7 +104,12 @@ def test_an_empty_batch_behind_a_convolution():
     y, _ = run(per_replica(strategy, x.parts), per_replica(strategy, dy.cotangents))
     alone = model.layers[0](x.parts[0]).numpy()
     expected = alone - alone.mean((0, 1, 2))
-    assert_close("outputs", local_results(strategy, y)[0] * np.sqrt(alone.var((0, 1, 2)) + 1e-3), expected, 1e-5)
+    assert_close(
+        "outputs",
+        local_results(strategy, y)[0] * np.sqrt(alone.var((0, 1, 2)) + 1e-3),
+        expected,
+        1e-5,
+    )
 
 
 @pytest.mark.parametrize(("center", "scale"), [(False, True), (True, False), (False, False)])
@@ -148,7 +153,9 @@ def cases(draw):
     sizes = [draw(st.integers(1, 4)) for _ in range(rank - 1)]
     sizes[axis - 1] = draw(st.integers(3, 8))
     # Enough elements that dx is not all cancellation, and not all of them on one replica.
-    counts = draw(st.lists(st.integers(0, 40), min_size=2, max_size=4).filter(lambda c: sum(c) >= 16))
+    counts = draw(
+        st.lists(st.integers(0, 40), min_size=2, max_size=4).filter(lambda c: sum(c) >= 16)
+    )
     offset = draw(st.sampled_from([0.0, 0.0, 3.0, -1.0]))
     seed = draw(st.integers(0, 2**16))
     negative_axis = draw(st.booleans())

@@ -28,7 +28,8 @@ def kept_for_the_backward(step, x, dy):
         tensor.op.type
         for op in backward
         for tensor in op.inputs
-        if tensor.op not in backward and (tensor.shape.num_elements() or 0) >= x.shape.num_elements()
+        if tensor.op not in backward
+        and (tensor.shape.num_elements() or 0) >= x.shape.num_elements()
     }
 
 
@@ -56,11 +57,11 @@ def test_the_search_for_kept_tensors_finds_them():
 def scalar_of_gradients(case, directions):
     """Σ <u, dx> + <v, dγ> + <w, dβ> of the whole batch, by the oracle."""
     expected = case.expected()
-    of_inputs = sum((u * dx).sum() for u, dx in zip(directions[0], expected.input_gradients, strict=True))
+    of_inputs = sum(
+        (u * dx).sum() for u, dx in zip(directions[0], expected.input_gradients, strict=True)
+    )
     return (
-        of_inputs
-        + directions[1] @ expected.gamma_gradient
-        + directions[2] @ expected.beta_gradient
+        of_inputs + directions[1] @ expected.gamma_gradient + directions[2] @ expected.beta_gradient
     )
 
 
@@ -98,7 +99,9 @@ def test_gradients_of_gradients_are_those_of_the_whole_batch(sizes, mode):
                 scalar += tf.reduce_sum(direction * gradient)
         return outer.gradient(scalar, (x, dy, gamma))
 
-    arguments = [per_replica(strategy, arrays) for arrays in (case.parts, case.cotangents, directions[0])]
+    arguments = [
+        per_replica(strategy, arrays) for arrays in (case.parts, case.cotangents, directions[0])
+    ]
 
     def run(*arguments):
         return strategy.run(step, args=arguments)

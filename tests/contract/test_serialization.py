@@ -102,7 +102,10 @@ def test_keras_file_keeps_it_synchronized(model, tmp_path):
         np.testing.assert_array_equal(own, its)
 
 
-@pytest.mark.parametrize("imports", ["import keras, syncbn", "import syncbn; syncbn.SyncBatchNormalization; import keras"])
+@pytest.mark.parametrize(
+    "imports",
+    ["import keras, syncbn", "import syncbn; syncbn.SyncBatchNormalization; import keras"],
+)
 def test_a_fresh_process_that_imports_syncbn_loads_it(model, tmp_path, imports):
     model.save(tmp_path / "model.keras")
     code = f"{imports}; m = keras.models.load_model({str(tmp_path / 'model.keras')!r}); print(type(m.get_layer('norm')).__name__)"

@@ -42,7 +42,8 @@ def test_one_device_strategy():
 
 
 @pytest.mark.parametrize(
-    "cross_device_ops", [tf.distribute.ReductionToOneDevice, tf.distribute.HierarchicalCopyAllReduce]
+    "cross_device_ops",
+    [tf.distribute.ReductionToOneDevice, tf.distribute.HierarchicalCopyAllReduce],
 )
 def test_any_way_to_reduce_across_devices(cross_device_ops):
     strategy = tf.distribute.MirroredStrategy(
@@ -70,7 +71,9 @@ def test_replicas_that_were_traced_with_different_knowledge_of_their_shapes():
         y, dx, _ = run(per_replica(strategy, case.parts), per_replica(strategy, case.cotangents))
         expected = case.expected()
         for replica in range(2):
-            assert_close("outputs", local_results(strategy, y)[replica], expected.outputs[replica], 2e-6)
+            assert_close(
+                "outputs", local_results(strategy, y)[replica], expected.outputs[replica], 2e-6
+            )
             assert_close(
                 "input gradients",
                 local_results(strategy, dx)[replica],
@@ -119,7 +122,9 @@ def test_control_flow_within_a_replica_is_refused_with_the_remedy(body, autograp
 
     with pytest.raises(syncbn.NotSynchronizableError) as raised:
         step(per_replica(strategy, case.parts))
-    assert "Received: a call inside tf.cond, tf.while_loop or a nested tf.function" in str(raised.value)
+    assert "Received: a call inside tf.cond, tf.while_loop or a nested tf.function" in str(
+        raised.value
+    )
     assert "around strategy.run" in str(raised.value)
 
 
@@ -134,7 +139,9 @@ def test_control_flow_on_one_device_works(body):
 def fit(strategy, layer, **compile_arguments):
     rng = np.random.default_rng(0)
     with strategy.scope():
-        model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3), layer(), keras.layers.Dense(1)])
+        model = keras.Sequential(
+            [keras.Input((4,)), keras.layers.Dense(3), layer(), keras.layers.Dense(1)]
+        )
         model.compile("sgd", "mse", **compile_arguments)
     x = rng.normal(size=(64, 4)).astype("f4")
     model.fit(x, x[:, :1], batch_size=8, epochs=1, verbose=0, shuffle=False)
@@ -171,7 +178,10 @@ def test_cross_replica_context_is_refused_in_training_alone():
             layer(x, training=True)
     message = str(raised.value)
     assert "requires a replica context" in message
-    assert "Received: a call with training=True in the cross-replica context of MirroredStrategy" in message
+    assert (
+        "Received: a call with training=True in the cross-replica context of MirroredStrategy"
+        in message
+    )
     assert "inside strategy.run(step, args=(batch,))" in message
 
 

@@ -6,7 +6,7 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -50,6 +50,11 @@ def add_parser(commands: Any) -> None:
         help="sync: syncbn.SyncBatchNormalization; local: keras.layers.BatchNormalization; "
         "keras: the same with synchronized=True",
     )
+    _add_training_options(add)
+    parser.set_defaults(run=run)
+
+
+def _add_training_options(add: Callable[..., Any]) -> None:
     add(
         "--strategy",
         choices=("mirrored", "none"),
@@ -88,7 +93,6 @@ def add_parser(commands: Any) -> None:
         metavar="DIR",
         help="folder for the results",
     )
-    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -85,26 +86,32 @@ def _read_npz(path: Path) -> dict[str, Any]:
             "a file. Check the path."
         )
     try:
-        with np.load(path, allow_pickle=False) as file:
-            if not isinstance(file, np.lib.npyio.NpzFile):
+        with path.open("rb") as stream:  # np.load would leave a broken file open
+            loaded = np.load(stream, allow_pickle=False)
+            if not isinstance(loaded, np.lib.npyio.NpzFile):
                 raise InputError(
                     f"--data requires {_LAYOUT}. Received: {str(path)!r}, a single array (.npy). "
                     "Save the four arrays with np.savez."
                 )
-            missing = [name for name in _ARRAYS if name not in file.files]
-            if missing:
-                raise InputError(
-                    f"--data requires {_LAYOUT}. Received: {str(path)!r} with the arrays "
-                    f"{sorted(file.files)}. Add or rename: {', '.join(missing)}."
-                )
-            return {name: file[name] for name in _ARRAYS}
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+            with loaded:
+                return _four_arrays(path, loaded)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(
             f"--data requires {_LAYOUT}. Received: {str(path)!r}, which cannot be read as one "
             f"({_first_line(error)}). Make the file again."
         ) from error
+
+
+def _four_arrays(path: Path, loaded: Any) -> dict[str, Any]:
+    missing = [name for name in _ARRAYS if name not in loaded.files]
+    if missing:
+        raise InputError(
+            f"--data requires {_LAYOUT}. Received: {str(path)!r} with the arrays "
+            f"{sorted(loaded.files)}. Add or rename: {', '.join(missing)}."
+        )
+    return {name: loaded[name] for name in _ARRAYS}
 
 
 def _checked(name: str, arrays: dict[str, Any]) -> Dataset:

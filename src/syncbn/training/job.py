@@ -19,7 +19,16 @@ from syncbn.training import models
 from syncbn.training.data import Dataset
 from syncbn.training.settings import TrainSettings
 
-__all__ = ["Epoch", "Observer", "Run", "build_model", "check_optimizer", "plan", "prepare_devices", "train"]
+__all__ = [
+    "Epoch",
+    "Observer",
+    "Run",
+    "build_model",
+    "check_optimizer",
+    "plan",
+    "prepare_devices",
+    "train",
+]
 
 
 class Epoch(NamedTuple):

@@ -87,7 +87,9 @@ class ClassifierLoop:
         if isinstance(self._optimizer, keras.optimizers.LossScaleOptimizer):
             gradients = self._overflow_everywhere(gradients)
         self._optimizer.apply(gradients, variables)
-        hits = tf.equal(tf.argmax(probabilities, axis=-1, output_type=tf.int32), tf.cast(y, tf.int32))
+        hits = tf.equal(
+            tf.argmax(probabilities, axis=-1, output_type=tf.int32), tf.cast(y, tf.int32)
+        )
         return total, tf.reduce_sum(tf.cast(hits, tf.float32))
 
     def _overflow_everywhere(self, gradients: list[Any]) -> list[Any]:

@@ -1,0 +1,73 @@
+# Two commands for everyone: `make demo` and `make test`. Both set up .venv on their own.
+
+# The first Python that TensorFlow 2.21 has packages for.
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && \
+	{ echo $$p; break; }; done)
+BIN := .venv/bin
+READY := .venv/ready
+OUTPUT ?= demo-output
+
+.PHONY: help demo test lint types format bench lock test-versions clean
+
+help:
+	@echo "make demo           train on two replicas and compare with one device (2 minutes)"
+	@echo "make test           lint, types and the whole suite"
+	@echo "make format         rewrite the code in the house's format"
+	@echo "make bench          measure the layer against Keras's"
+	@echo "make test-versions  the contract on older TensorFlow and Keras (30 minutes)"
+	@echo "make lock           resolve requirements.in into requirements.lock"
+	@echo "make clean          remove .venv and every cache"
+
+$(READY): requirements.lock pyproject.toml
+	@test -n "$(PYTHON)" || { echo "syncbn needs Python 3.11, 3.12 or 3.13: none was found." \
+		"Install one, or name it: make PYTHON=/path/to/python"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "$(PYTHON) has no venv module:" \
+		"install it (on Debian and Ubuntu: apt install python3-venv)"; exit 1; }
+	$(PYTHON) -m venv --clear .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		--no-build-isolation --no-deps --editable .
+	@touch $@
+
+demo: $(READY)
+	@echo "1. A perceptron in float32, as people train. What remains is rounding: see 'reordered'."
+	$(BIN)/syncbn train --compare --output $(OUTPUT)/mlp
+	@echo "2. A residual network in float64, where rounding is small: nothing remains."
+	$(BIN)/syncbn train --compare --model convnet --precision float64 --epochs 3 \
+		--output $(OUTPUT)/convnet
+
+test: lint types
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY)
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+
+bench: $(READY)
+	$(BIN)/python benchmarks/layer.py --output benchmarks/results/layer.json
+
+test-versions: $(READY)
+	$(BIN)/python tests/versions.py
+
+# TensorFlow's CPU build exists for x86-64 alone; elsewhere the ordinary one is as small.
+lock: $(READY)
+	$(BIN)/python -m pip install --quiet pip-tools
+	$(BIN)/pip-compile --quiet --upgrade --extra train --strip-extras --allow-unsafe \
+		--no-emit-index-url --no-emit-trusted-host --no-emit-find-links --no-annotate --no-header \
+		--output-file requirements.lock pyproject.toml requirements.in
+	awk '/^tensorflow-cpu==/ { \
+			print $$0 " ; platform_machine in \"x86_64 AMD64\""; sub("-cpu", ""); \
+			print $$0 " ; platform_machine not in \"x86_64 AMD64\""; next } \
+		{ print }' requirements.lock > requirements.lock.new
+	mv requirements.lock.new requirements.lock
+
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis

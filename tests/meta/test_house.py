@@ -1,0 +1,158 @@
+"""The house: what importing costs, who may import whom, sizes, the public surface."""
+
+import ast
+import importlib
+import json
+import os
+import subprocess
+import sys
+import tomllib
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+import syncbn
+
+ROOT = Path(__file__).parents[2]
+SOURCE = ROOT / "src" / "syncbn"
+MODULES = sorted(SOURCE.rglob("*.py"))
+FRAMEWORKS = {"keras", "tensorflow", "jax", "torch", "tf_keras"}
+
+
+def python(code, **environment):
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env={**os.environ, **environment},
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+LOADED = "import sys, json; print(json.dumps(sorted(m.split('.')[0] for m in sys.modules)))"
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import syncbn",
+        "import syncbn.errors, syncbn.moments",
+        "import syncbn\nwith __import__('contextlib').suppress(SystemExit): "
+        "__import__('syncbn.cli').cli.main(['--help'])",
+        "import syncbn\nwith __import__('contextlib').suppress(SystemExit): "
+        "__import__('syncbn.cli').cli.main(['train', '--help'])",
+    ],
+)
+def test_importing_syncbn_and_asking_for_help_imports_no_framework(code):
+    loaded = set(json.loads(python(f"{code}\n{LOADED}").splitlines()[-1]))
+    assert "syncbn" in loaded
+    assert not loaded & (FRAMEWORKS | {"numpy", "sklearn", "matplotlib", "rich"})
+
+
+def test_the_test_of_light_imports_sees_a_heavy_one():
+    assert "numpy" in json.loads(python(f"import numpy\n{LOADED}").splitlines()[-1])
+
+
+def test_a_public_name_imports_its_module_and_no_other_name_exists():
+    for name in syncbn.__all__:
+        assert getattr(syncbn, name).__doc__
+    with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
+        _ = syncbn.nonsense
+    assert list(syncbn.__all__) == sorted(syncbn.__all__)
+    assert set(syncbn.__all__) <= set(dir(syncbn))
+
+
+def test_version_is_one_fact():
+    assert metadata.version("syncbn") == syncbn.__version__
+    assert f"## {syncbn.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def imports_of(path):
+    """Every module that a file imports, also inside functions, except for type checkers only."""
+    tree = ast.parse(path.read_text())
+    skipped = {
+        id(node)
+        for block in ast.walk(tree)
+        if isinstance(block, ast.If) and "TYPE_CHECKING" in ast.dump(block.test)
+        for statement in block.body
+        for node in ast.walk(statement)
+    }
+    for node in ast.walk(tree):
+        if id(node) in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+# Left may be imported by right, never the other way: DESIGN's chain as far as it is built.
+LAYERS = ["errors", "moments", "_backends", "_keras", "layer", "training", "cli"]
+
+
+def room(module):
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 and parts[1] in LAYERS else None
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(SOURCE)))
+def test_no_module_imports_to_its_right(path):
+    own = room("syncbn." + ".".join(path.relative_to(SOURCE).with_suffix("").parts))
+    for imported in imports_of(path):
+        target = room(imported) if imported.startswith("syncbn.") else None
+        if own and target:
+            assert LAYERS.index(target) <= LAYERS.index(own), f"{own} imports {imported}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(SOURCE)))
+def test_frameworks_are_imported_in_the_backends_alone(path):
+    if "_backends" in path.parts:
+        return
+    found = {name.split(".")[0] for name in imports_of(path)} & (FRAMEWORKS - {"keras"})
+    # The command asks whether TensorFlow is there, to say what to install.
+    allowed = {"tensorflow"} if path == SOURCE / "cli" / "train.py" else set()
+    assert found <= allowed
+
+
+PYTHON_FILES = [
+    path
+    for folder in ("src", "tests", "benchmarks")
+    for path in sorted((ROOT / folder).rglob("*.py"))
+]
+
+
+@pytest.mark.parametrize("path", PYTHON_FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_files_and_functions_stay_readable(path):
+    text = path.read_text()
+    assert text.count("\n") <= 400
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno < 60, f"{node.name} is too long"
+
+
+def test_the_lock_pins_every_package_exactly():
+    lines = [
+        line.strip()
+        for line in (ROOT / "requirements.lock").read_text().splitlines()
+        if line.strip() and not line.strip().startswith("#")
+    ]
+    assert len(lines) > 30
+    assert all("==" in line for line in lines), [line for line in lines if "==" not in line]
+
+
+def test_supported_versions_are_those_of_the_readme():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    readme = (ROOT / "README.md").read_text()
+    assert "keras>=" in "".join(project["dependencies"])
+    for extra in project["optional-dependencies"]:
+        assert f"{extra}" in readme
+
+
+def test_every_module_of_the_package_can_be_imported():
+    for path in MODULES:
+        if path.name != "__main__.py":
+            importlib.import_module(".".join(path.relative_to(ROOT / "src").with_suffix("").parts))

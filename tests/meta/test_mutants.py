@@ -1,0 +1,66 @@
+"""The suite can fail: with each defect of `tests/mutants.py` the contract's tests do."""
+
+import os
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import pytest
+
+from tests.mutants import MUTANTS
+
+ROOT = Path(__file__).parents[2]
+
+# A few tests a mutant, of those that must notice it; each of them passes without it.
+EQUIVALENCE = (
+    "tests/contract/test_equivalence.py::test_any_split_of_the_batch_gives_what_one_device_gives"
+)
+VARIANCE = "tests/contract/test_precision.py::test_variance_at_a_large_mean"
+COUNT = "tests/contract/test_collectives.py::test_one_collective_forward_and_one_backward_on_each_replica"
+NOTICED_BY = {
+    "equal_weights": [f"{EQUIVALENCE}[uneven-float32]", f"{EQUIVALENCE}[one against many-float64]"],
+    "folded_sum_of_squares": [f"{VARIANCE}[1000.0-0.0001-float64 payload]"],
+    "local_backward": [f"{EQUIVALENCE}[equal-float32]", f"{EQUIVALENCE}[uneven-float64]"],
+    "never_synchronizes": [
+        f"{EQUIVALENCE}[equal-float32]",
+        f"{EQUIVALENCE}[uneven-float32]",
+        f"{EQUIVALENCE}[one replica empty-float64]",
+        f"{COUNT}[2]",
+    ],
+    "two_collectives": [f"{COUNT}[2]", f"{COUNT}[4]"],
+}
+
+
+def outcomes(tests, mutant, report):
+    """The failure message of each test, None where it passed."""
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", f"--junitxml={report}", *tests],
+        cwd=ROOT,
+        env={**os.environ, "SYNCBN_MUTANT": mutant},
+        capture_output=True,
+        text=True,
+        timeout=250,
+        check=False,
+    )
+    assert result.returncode in (0, 1), result.stdout + result.stderr
+    cases = list(ElementTree.parse(report).iter("testcase"))
+    assert len(cases) == len(tests), result.stdout
+    messages = []
+    for case in cases:
+        assert case.find("error") is None, result.stdout
+        failure = case.find("failure")
+        messages.append(None if failure is None else failure.get("message"))
+    return messages
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_the_suite_fails_with_the_mutant(mutant, tmp_path):
+    messages = outcomes(NOTICED_BY[mutant], mutant, tmp_path / "report.xml")
+    # By the check's own assertion: a mutant that merely crashes proves nothing.
+    assert all(message and "assert" in message.lower() for message in messages), messages
+
+
+def test_the_same_tests_pass_without_a_mutant(tmp_path):
+    tests = sorted({test for tests in NOTICED_BY.values() for test in tests})
+    assert outcomes(tests, "", tmp_path / "report.xml") == [None] * len(tests)
