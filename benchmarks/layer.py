@@ -24,19 +24,20 @@ os.environ["KERAS_BACKEND"] = "tensorflow"
 import keras
 import numpy as np
 import tensorflow as tf
-from machine import describe
 
 import syncbn
+from machine import describe
 from syncbn._backends.tensorflow.replicas import mirrored_strategy
 
 SHAPES = ((16, 56, 56, 64), (16, 14, 14, 256), (64, 128), (1024, 512))
 BASELINE = "keras_sync"
 
 
-class FusedLocal(keras.layers.BatchNormalization):  # type: ignore[misc]
-    """TensorFlow's fused kernel with its own gradient, on the part of one replica: no collective."""
+class FusedLocal(keras.layers.BatchNormalization):
+    """TensorFlow's fused kernel with its own gradient, on the part of one replica."""
 
     def call(self, inputs: Any, training: bool | None = None, mask: Any = None) -> Any:  # noqa: ARG002
+        """Normalize by the batch of this replica."""
         view = (
             tf.reshape(inputs, (-1, 1, 1, inputs.shape[-1])) if inputs.shape.rank != 4 else inputs
         )

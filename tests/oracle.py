@@ -1,4 +1,4 @@
-"""What one device gives on the concatenated batch: float64 NumPy, none of the library's own code."""
+"""What one device gives on the concatenated batch: float64 NumPy, no code of the library."""
 
 from __future__ import annotations
 

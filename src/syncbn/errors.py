@@ -28,7 +28,7 @@ class NotSynchronizableError(SyncbnError, RuntimeError):
 
 
 class UnsupportedFeatureError(SyncbnError, ValueError):
-    """An argument or an input that batch normalization knows and this version does not serve yet."""
+    """An argument or input of batch normalization that this version does not serve yet."""
 
 
 class InputError(SyncbnError, ValueError):

@@ -72,8 +72,8 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
 
     Raises:
         UnsupportedFeatureError: `renorm=True`; in training, an input with a mask.
-        NotSynchronizableError: in training, where the replicas cannot meet: ParameterServerStrategy,
-            the cross-replica context, inside `tf.cond` or `tf.while_loop` within a replica, a
+        NotSynchronizableError: in training, where the replicas cannot meet: under
+            ParameterServerStrategy, in the cross-replica context, inside `tf.cond` or `tf.while_loop` within a replica, a
             Keras backend other than TensorFlow.
 
     References:

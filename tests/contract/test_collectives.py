@@ -4,10 +4,10 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from tests.harness import make_case, make_layer, make_step, observe, per_replica, strategy_for
 
 import syncbn
 from syncbn._backends.tensorflow import collectives
-from tests.harness import make_case, make_layer, make_step, observe, per_replica, strategy_for
 
 
 def collectives_of(function, *arguments):
@@ -41,7 +41,7 @@ def test_one_collective_forward_and_one_backward_on_each_replica(replicas):
     assert len(both) == 2 * expected
 
 
-def test_the_forward_payload_is_2C_plus_1_float64_and_the_backward_2C():
+def test_the_forward_payload_is_2c_plus_1_float64_and_the_backward_2c():
     case = make_case([(5, 7), (6, 7)])
     layer = make_layer(case, strategy_for(2))
     nodes = traced(2, make_step(layer), case)

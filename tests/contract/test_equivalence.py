@@ -6,8 +6,6 @@ import pytest
 import tensorflow as tf
 from hypothesis import given
 from hypothesis import strategies as st
-
-import syncbn
 from tests.harness import (
     any_size,
     assert_close,
@@ -18,6 +16,8 @@ from tests.harness import (
     per_replica,
     strategy_for,
 )
+
+import syncbn
 
 TOLERANCE = {"float64": 1e-11, "float32": 2e-6}
 

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import tensorflow as tf
-
 from tests import oracle
 from tests.harness import (
     assert_close,

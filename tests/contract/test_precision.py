@@ -1,10 +1,8 @@
-"""Contract 1 at large means and in low precision, and the float32 table where float64 is missing."""
+"""Contract 1 at large means and in low precision, also by the float32 table."""
 
 import numpy as np
 import pytest
 import tensorflow as tf
-
-from syncbn._backends.tensorflow import collectives
 from tests.harness import (
     assert_close,
     assert_equals_one_device,
@@ -12,6 +10,8 @@ from tests.harness import (
     make_case,
     observe,
 )
+
+from syncbn._backends.tensorflow import collectives
 
 
 @pytest.fixture(params=["float64 payload", "float32 table"])

@@ -108,7 +108,10 @@ def test_keras_file_keeps_it_synchronized(model, tmp_path):
 )
 def test_a_fresh_process_that_imports_syncbn_loads_it(model, tmp_path, imports):
     model.save(tmp_path / "model.keras")
-    code = f"{imports}; m = keras.models.load_model({str(tmp_path / 'model.keras')!r}); print(type(m.get_layer('norm')).__name__)"
+    code = (
+        f"{imports}\nmodel = keras.models.load_model({str(tmp_path / 'model.keras')!r})\n"
+        "print(type(model.get_layer('norm')).__name__)"
+    )
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
     )

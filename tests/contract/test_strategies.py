@@ -4,8 +4,6 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-
-import syncbn
 from tests.harness import (
     assert_close,
     assert_equals_one_device,
@@ -17,6 +15,8 @@ from tests.harness import (
     per_replica,
     strategy_for,
 )
+
+import syncbn
 
 
 @pytest.mark.parametrize("replicas", range(1, 9))
@@ -254,5 +254,5 @@ def test_other_backends_are_refused_in_training(monkeypatch):
     layer = syncbn.SyncBatchNormalization()
     layer.build((None, 4))
     monkeypatch.setattr(keras.backend, "backend", lambda: "jax")
-    with pytest.raises(syncbn.NotSynchronizableError, match="keras.backend.backend\\(\\)='jax'"):
+    with pytest.raises(syncbn.NotSynchronizableError, match=r"keras\.backend\.backend\(\)='jax'"):
         layer.call(tf.ones((2, 4)), training=True)

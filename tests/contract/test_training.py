@@ -3,10 +3,10 @@
 import keras
 import numpy as np
 import pytest
+from tests.harness import strategy_for
 
 import syncbn
 from syncbn._backends.tensorflow.loop import ClassifierLoop
-from tests.harness import strategy_for
 
 # float32 as the contract of the job has it; float64 shows that only rounding is between them.
 TOLERANCE = {"float32": 1e-4, "float64": 1e-9}

@@ -7,20 +7,22 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
-
 from tests.mutants import MUTANTS
 
 ROOT = Path(__file__).parents[2]
 
-# A few tests a mutant, of those that must notice it; each of them passes without it.
+CONTRACT = "tests/contract"
 EQUIVALENCE = (
-    "tests/contract/test_equivalence.py::test_any_split_of_the_batch_gives_what_one_device_gives"
+    f"{CONTRACT}/test_equivalence.py::test_any_split_of_the_batch_gives_what_one_device_gives"
 )
-VARIANCE = "tests/contract/test_precision.py::test_variance_at_a_large_mean"
-COUNT = "tests/contract/test_collectives.py::test_one_collective_forward_and_one_backward_on_each_replica"
+VARIANCE = f"{CONTRACT}/test_precision.py::test_variance_at_a_large_mean"
+COUNT = (
+    f"{CONTRACT}/test_collectives.py::test_one_collective_forward_and_one_backward_on_each_replica"
+)
+# A few tests a mutant, of those that must notice it; each of them passes without it.
 NOTICED_BY = {
     "equal_weights": [f"{EQUIVALENCE}[uneven-float32]", f"{EQUIVALENCE}[one against many-float64]"],
-    "folded_sum_of_squares": [f"{VARIANCE}[1000.0-0.0001-float64 payload]"],
+    "folded_sum_of_squares": [f"{VARIANCE}[float64 payload-1000.0-0.0001]"],
     "local_backward": [f"{EQUIVALENCE}[equal-float32]", f"{EQUIVALENCE}[uneven-float64]"],
     "never_synchronizes": [
         f"{EQUIVALENCE}[equal-float32]",

@@ -1,5 +1,7 @@
 """The data of the main job: real digits, files in Keras's layout, and every way a file is wrong."""
 
+import pathlib
+
 import numpy as np
 import pytest
 
@@ -84,7 +86,7 @@ def test_a_file_that_cannot_be_used_is_refused_with_the_remedy(tmp_path, changes
 
 
 def test_a_missing_file_is_refused(tmp_path):
-    with pytest.raises(syncbn.InputError, match="is not a file. Check the path"):
+    with pytest.raises(syncbn.InputError, match=r"is not a file\. Check the path"):
         data.load(str(tmp_path / "none.npz"))
 
 
@@ -98,7 +100,7 @@ def test_a_broken_file_is_refused(tmp_path, content):
 
 def test_a_torn_file_is_refused(tmp_path):
     path = saved(tmp_path)
-    with open(path, "r+b") as file:
+    with pathlib.Path(path).open("r+b") as file:
         file.truncate(700)
     with pytest.raises(syncbn.InputError, match="cannot be read as one"):
         data.load(path)

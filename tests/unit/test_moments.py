@@ -74,6 +74,6 @@ def test_a_constant_channel_never_has_a_negative_variance():
 
 
 @pytest.mark.parametrize("channels", [1, 2, 5])
-def test_payloads_have_2C_plus_1_numbers(channels):
+def test_payloads_have_2c_plus_1_numbers(channels):
     moments = moments_of(np.random.default_rng(0).normal(size=(4, channels)))
     assert pack_sums(moments, np).shape == pack_row(moments, np).shape == (2 * channels + 1,)

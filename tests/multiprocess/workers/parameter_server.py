@@ -1,4 +1,4 @@
-"""A parameter server, a worker and a coordinator in one process that ends: the layer must refuse."""
+"""A parameter server, a worker and a coordinator in one process: the layer must refuse."""
 
 from __future__ import annotations
 

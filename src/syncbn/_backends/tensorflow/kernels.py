@@ -1,4 +1,4 @@
-"""Passes over a rank-4 channels-last view of the input: its moments, its normalization, its gradient.
+"""Passes over a rank-4 channels-last view of the input: moments, normalization, gradient.
 
 Two kernels with the same three functions: `fused`, from TensorFlow's own fused batch normalization,
 and `composed`, which also serves float64 and can be differentiated any number of times. None of
