@@ -73,8 +73,8 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
     Raises:
         UnsupportedFeatureError: `renorm=True`; in training, an input with a mask.
         NotSynchronizableError: in training, where the replicas cannot meet: under
-            ParameterServerStrategy, in the cross-replica context, inside `tf.cond` or `tf.while_loop` within a replica, a
-            Keras backend other than TensorFlow.
+            ParameterServerStrategy, in the cross-replica context, inside `tf.cond` or
+            `tf.while_loop` within a replica, on a Keras backend other than TensorFlow.
 
     References:
         Ioffe, Szegedy, "Batch Normalization", arXiv:1502.03167, 2015.

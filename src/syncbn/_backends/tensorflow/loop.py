@@ -42,7 +42,10 @@ class ClassifierLoop:
             self._optimizer = make_optimizer()
             self._optimizer.build(self.model.trainable_variables)
         self._step: Any = None
-        self._infer = tf.function(lambda x: self.model(x, training=False), reduce_retracing=True)
+        images = tf.TensorSpec((None, *self.model.input_shape[1:]), tf.float32)
+        self._infer = tf.function(
+            lambda x: self.model(x, training=False), input_signature=[images], autograph=False
+        )
 
     def batches(self, x: Any, y: Any, order: Any, batch_size: int) -> Iterator[tuple[Any, int]]:
         """The examples in that order, in global batches split over the replicas, and their sizes.

@@ -1,0 +1,72 @@
+"""The README is true: its code runs and prints what it says, its files and names exist."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+PYTHON_BLOCKS = [code for language, code in BLOCKS if language == "python"]
+
+
+def run(code):
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env={**os.environ, "KERAS_BACKEND": "tensorflow"},
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.mark.parametrize("number", range(len(PYTHON_BLOCKS)))
+def test_every_python_block_runs(number):
+    printed = run(PYTHON_BLOCKS[number])
+    following = BLOCKS[BLOCKS.index(("python", PYTHON_BLOCKS[number])) + 1]
+    if following[0] == "text":
+        assert printed == following[1]
+
+
+def test_the_first_ten_lines_say_what_it_is_and_show_the_two_commands():
+    top = "\n".join(README.splitlines()[:10])
+    for text in (
+        "Synchronized batch normalization for Keras 3",
+        "For people",
+        "make demo",
+        "make test",
+    ):
+        assert text in top
+
+
+def test_links_to_files_exist():
+    documents = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+    for document in documents:
+        for target in re.findall(r"\]\(([^)#:]+)\)", document.read_text()):
+            assert (ROOT / target).exists(), f"{document.name} links to {target}"
+
+
+def test_make_targets_and_options_of_the_documents_exist(capsys):
+    from syncbn.cli import main
+
+    makefile = (ROOT / "Makefile").read_text()
+    documents = README + (ROOT / "CONTRIBUTING.md").read_text()
+    targets = set(re.findall(r"^\$ make ([\w-]+)", documents, flags=re.MULTILINE))
+    assert {"demo", "test"} <= targets
+    for target in targets:
+        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    known = set(re.findall(r"--[\w-]+", capsys.readouterr().out))
+    used = set(
+        re.findall(r"--[\w-]+", " ".join(re.findall(r"^\$ syncbn .*", README, re.MULTILINE)))
+    )
+    assert used
+    assert used <= known
