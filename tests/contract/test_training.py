@@ -70,3 +70,35 @@ def test_local_statistics_end_elsewhere():
         for replicas in (2, 1)
     )
     assert largest_difference(local, reference) > 1e-3
+
+
+def test_an_overflow_on_one_replica_skips_the_step_on_all():
+    """Keras's loss scaling asks each replica by itself, and would add its NaN to the others."""
+
+    def make_model():
+        return keras.Sequential(
+            [
+                keras.Input((3,)),
+                keras.layers.Dense(4, dtype="mixed_float16"),
+                keras.layers.Dense(2, activation="softmax", dtype="float32"),
+            ]
+        )
+
+    loop = ClassifierLoop(
+        strategy_for(2),
+        make_model,
+        lambda: keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.1)),
+    )
+    before = loop.weights()
+    x = np.ones((4, 3), "float32")
+    x[3] = np.inf  # in the part of the second replica
+    y = np.array([0, 1, 0, 1])
+    for batch, size in loop.batches(x, y, np.arange(4), 4):
+        loop.step(batch, size)
+    for own, its in zip(loop.weights(), before, strict=True):
+        np.testing.assert_array_equal(own, its)
+    for batch, size in loop.batches(np.ones((4, 3), "float32"), y, np.arange(4), 4):
+        loop.step(batch, size)
+    after = loop.weights()
+    assert all(np.isfinite(weight).all() for weight in after)
+    assert any((own != its).any() for own, its in zip(after, before, strict=True))
