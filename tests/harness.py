@@ -104,7 +104,9 @@ def make_step(layer: Any, training: bool = True) -> Any:
     """A function for strategy.run: outputs, and the gradients of x, gamma and beta by dy."""
 
     def step(x: Any, dy: Any) -> Any:
-        weights = [w.value for w in (layer.gamma, layer.beta) if w is not None]
+        # Before Keras 3.5 the attribute is missing without the weight.
+        weights = [getattr(layer, name, None) for name in ("gamma", "beta")]
+        weights = [w.value for w in weights if w is not None]
         with tf.GradientTape() as tape:
             tape.watch(x)
             y = layer(x, training=training)

@@ -1,8 +1,24 @@
-"""What syncbn needs of Keras beyond its public names, in one place."""
+"""What syncbn needs of Keras beyond its public names, and how Keras's versions differ in it."""
 
 from __future__ import annotations
 
-__all__ = ["in_symbolic_scope"]
+from typing import Any
+
+import keras
+
+__all__ = [
+    "aggregates_assignments",
+    "in_symbolic_scope",
+    "without_autocast",
+]
+
+
+def aggregates_assignments() -> bool:
+    """Whether `add_weight(aggregation=…)` reaches TensorFlow's variable: it does since Keras 3.7.
+
+    Before, Keras takes the argument, but neither "none" nor any effect of the others.
+    """
+    return hasattr(keras.Variable, "_map_aggregation")
 
 
 def in_symbolic_scope() -> bool:
@@ -10,6 +26,18 @@ def in_symbolic_scope() -> bool:
 
     Keras exports the scope (`keras.SymbolicScope`) but not the question.
     """
-    from keras.src.backend.common.symbolic_scope import in_symbolic_scope as keras_answer
-
+    try:
+        from keras.src.backend.common.symbolic_scope import in_symbolic_scope as keras_answer
+    except ImportError:  # Keras before 3.5
+        from syncbn._backends.tensorflow.graphs import in_shape_inference as keras_answer
     return bool(keras_answer())
+
+
+def without_autocast() -> Any:
+    """A scope where a variable is read as it is stored, not in the dtype of the computation.
+
+    Keras 3.2 and later does so for the weights of a batch normalization without being asked.
+    """
+    from keras.src.backend import AutocastScope
+
+    return AutocastScope(None)

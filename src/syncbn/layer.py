@@ -9,7 +9,7 @@ import keras
 from keras import ops
 
 from syncbn import _backends
-from syncbn._keras import in_symbolic_scope
+from syncbn._keras import aggregates_assignments, in_symbolic_scope, without_autocast
 from syncbn.errors import UnsupportedFeatureError
 from syncbn.moments import Moments
 
@@ -137,6 +137,16 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
         # class, whose constructor refuses it on other backends and serializes it.
         self.synchronized = True
 
+    def add_weight(self, *args: Any, **kwargs: Any) -> Any:
+        """The weight as Keras makes it, but written on each replica by itself.
+
+        By default Keras 3.7 averages over the replicas what is assigned to a variable: one more
+        reduction for each moving statistic, of values that are the same everywhere.
+        """
+        if aggregates_assignments():
+            kwargs.setdefault("aggregation", "none")
+        return super().add_weight(*args, **kwargs)
+
     def call(self, inputs: Any, training: bool | None = None, mask: Any | None = None) -> Any:
         """Normalize by the global batch in training, by the moving statistics in inference.
 
@@ -159,10 +169,17 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
                 f"inputs of shape {inputs.shape}. Remove the mask before this layer, or use "
                 "keras.layers.BatchNormalization, which respects it and does not synchronize."
             )
-        outputs, moments = _backends.get(keras.backend.backend()).normalize_by_global_batch(
-            inputs, self.gamma, self.beta, self.axis, self.epsilon
-        )
-        self._move_statistics(moments)
+        backend = _backends.get(keras.backend.backend())
+        with without_autocast():
+            outputs, moments = backend.normalize_by_global_batch(
+                inputs,
+                # Before Keras 3.5 the attribute is missing without the weight.
+                self.gamma if self.scale else None,
+                self.beta if self.center else None,
+                self.axis,
+                self.epsilon,
+            )
+            self._move_statistics(moments)
         return ops.cast(outputs, self.compute_dtype)
 
     def _move_statistics(self, moments: Moments) -> None:

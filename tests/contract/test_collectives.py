@@ -111,6 +111,13 @@ def test_the_table_is_one_float32_collective(replicas, monkeypatch):
     assert {size for node in nodes for size in _output_size(node)} == {replicas * (2 * 4 + 1)}
 
 
+def test_moving_statistics_are_written_without_a_reduction_of_their_own():
+    """By Keras 3.7's default every assignment would be averaged over the replicas."""
+    layer = make_layer(make_case([(5, 7), (6, 7)]), strategy_for(2))
+    for variable in (layer.moving_mean, layer.moving_variance):
+        assert variable.value.aggregation.value == tf.VariableAggregation.NONE.value
+
+
 def test_moving_statistics_are_bitwise_equal_after_many_steps():
     strategy = strategy_for(4)
     case = make_case([(3, 6), (9, 6), (1, 6), (0, 6)])

@@ -150,13 +150,17 @@ def fit(strategy, layer, **compile_arguments):
 
 @pytest.mark.parametrize("run_eagerly", [True, False])
 def test_keras_fit_under_mirrored_strategy_equals_one_device(run_eagerly):
-    models = []
-    for replicas in (1, 2):
-        keras.utils.set_random_seed(0)
-        strategy = strategy_for(replicas)
-        models.append(fit(strategy, syncbn.SyncBatchNormalization, run_eagerly=run_eagerly))
-    for own, its in zip(models[1].get_weights(), models[0].get_weights(), strict=True):
-        assert np.abs(own - its).max() < 1e-5
+    def difference(layer):
+        models = []
+        for replicas in (1, 2):
+            keras.utils.set_random_seed(0)
+            models.append(fit(strategy_for(replicas), layer, run_eagerly=run_eagerly))
+        weights = zip(*(model.get_weights() for model in models), strict=True)
+        return max(np.abs(own - its).max() for own, its in weights)
+
+    if difference(keras.layers.LayerNormalization) > 1e-5:
+        pytest.skip("before Keras 3.8 fit itself takes other steps on replicas, with any layer")
+    assert difference(syncbn.SyncBatchNormalization) < 1e-5
 
 
 def test_steps_per_execution_works_on_one_device():
@@ -164,6 +168,12 @@ def test_steps_per_execution_works_on_one_device():
 
 
 def test_steps_per_execution_under_a_strategy_is_refused_with_the_remedy():
+    try:
+        fit(strategy_for(2), keras.layers.LayerNormalization, steps_per_execution=4)
+    except tf.errors.InvalidArgumentError:
+        pass  # what Keras 3.15.1 does with any layer
+    else:
+        pytest.skip("Keras before 3.7 unrolls the steps, and they work")
     with pytest.raises(syncbn.NotSynchronizableError, match="Set steps_per_execution=1"):
         fit(strategy_for(2), syncbn.SyncBatchNormalization, steps_per_execution=4)
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from syncbn._backends.tensorflow.graphs import is_function_inside_a_loop
 from syncbn._backends.tensorflow.namespace import xp
 from syncbn.errors import NotSynchronizableError
 from syncbn.moments import Moments, merge_table, pack_row, pack_sums, unpack_sums
@@ -60,19 +61,9 @@ def sum_over_replicas(vector: Any) -> Any:
             "the condition or the loop around strategy.run, or remove the inner @tf.function; to "
             "switch normalization itself, select between two results with tf.where."
         ) from error
-    if not tf.executing_eagerly() and _is_function_inside_a_loop(graph):
+    if not tf.executing_eagerly() and is_function_inside_a_loop(graph):
         _refuse_collectives(graph)
     return total
-
-
-def _is_function_inside_a_loop(graph: Any) -> bool:
-    """Whether this graph belongs to a tf.function that a tf.cond or tf.while_loop calls."""
-    while getattr(graph, "is_control_flow_graph", False):
-        graph = graph.outer_graph
-    while graph := getattr(graph, "outer_graph", None):
-        if getattr(graph, "is_control_flow_graph", False):
-            return True
-    return False
 
 
 def _refuse_collectives(graph: Any) -> None:

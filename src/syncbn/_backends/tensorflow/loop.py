@@ -45,7 +45,7 @@ class ClassifierLoop:
         images = tf.TensorSpec((None, *self.model.input_shape[1:]), tf.float32)
         self._infer = tf.function(
             lambda x: self.model(x, training=False), input_signature=[images], autograph=False
-        )
+        ).get_concrete_function()
 
     def batches(self, x: Any, y: Any, order: Any, batch_size: int) -> Iterator[tuple[Any, int]]:
         """The examples in that order, in global batches split over the replicas, and their sizes.
@@ -85,8 +85,11 @@ class ClassifierLoop:
             losses = keras.losses.sparse_categorical_crossentropy(y, probabilities)
             total = tf.reduce_sum(losses)
             objective = self._optimizer.scale_loss(total / tf.cast(size, total.dtype))
-        # Keras's optimizer adds up the gradients of the replicas.
         gradients = tape.gradient(objective, [variable.value for variable in variables])
+        # Keras's optimizer adds up the gradients of the replicas, but not before Keras 3.2.1.
+        if not hasattr(self._optimizer, "_all_reduce_sum_gradients"):
+            context = tf.distribute.get_replica_context()
+            gradients = context.all_reduce(tf.distribute.ReduceOp.SUM, gradients)
         if isinstance(self._optimizer, keras.optimizers.LossScaleOptimizer):
             gradients = self._overflow_everywhere(gradients)
         self._optimizer.apply(gradients, variables)
