@@ -170,6 +170,9 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
                 "keras.layers.BatchNormalization, which respects it and does not synchronize."
             )
         backend = _backends.get(keras.backend.backend())
+        inputs = ops.convert_to_tensor(inputs)
+        if not keras.backend.is_float_dtype(inputs.dtype):
+            inputs = ops.cast(inputs, keras.backend.result_type(inputs.dtype, "float32"))
         with without_autocast():
             outputs, moments = backend.normalize_by_global_batch(
                 inputs,
@@ -178,6 +181,7 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
                 self.beta if self.center else None,
                 self.axis,
                 self.epsilon,
+                self.moving_mean.value,
             )
             self._move_statistics(moments)
         return ops.cast(outputs, self.compute_dtype)

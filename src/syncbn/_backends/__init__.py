@@ -2,7 +2,7 @@
 
 A backend is a module with one function,
 
-    normalize_by_global_batch(inputs, gamma, beta, axis, epsilon) -> (outputs, Moments)
+    normalize_by_global_batch(inputs, gamma, beta, axis, epsilon, state) -> (outputs, Moments)
 
 which normalizes by the moments of the concatenated batch of all replicas, differentiably, and
 returns those moments for the moving statistics. Backends never import each other.

@@ -11,7 +11,7 @@ from syncbn._backends.tensorflow.namespace import xp
 from syncbn.errors import NotSynchronizableError
 from syncbn.moments import Moments, merge_table, pack_row, pack_sums, unpack_sums
 
-__all__ = ["global_moments", "moments_dtype", "replica_count", "sum_over_replicas"]
+__all__ = ["check_owner", "global_moments", "moments_dtype", "replica_count", "sum_over_replicas"]
 
 
 def replica_count() -> int:
@@ -38,6 +38,37 @@ def replica_count() -> int:
     return int(strategy.num_replicas_in_sync)
 
 
+def check_owner(state: Any) -> None:
+    """Make sure that the variables of the layer belong to the replicas that train now.
+
+    Args:
+        state: any variable of the layer.
+
+    Raises:
+        NotSynchronizableError: they were made under another strategy. Training would go on, each
+            worker by its own batch, or each replica moving the same variable.
+    """
+    replicas = replica_count()
+    current = tf.distribute.get_strategy()
+    owner = getattr(state, "distribute_strategy", None)
+    if owner is current:
+        return
+    if owner is not None and owner.num_replicas_in_sync > 1:
+        raise NotSynchronizableError(
+            f"Synchronized training of a layer made under {type(owner).__name__} with "
+            f"{owner.num_replicas_in_sync} replicas requires that strategy's replica context. "
+            f"Received: a call with training=True outside of it, under {type(current).__name__}. "
+            "Call the model inside strategy.run(step, args=(batch,)), and not within "
+            "tf.py_function or Dataset.map there."
+        )
+    if replicas > 1:
+        raise NotSynchronizableError(
+            f"Synchronized training on the {replicas} replicas of {type(current).__name__} "
+            "requires a layer with a copy of its variables on each. Received: a layer that was "
+            "made outside of it. Build the model inside `with strategy.scope():`."
+        )
+
+
 def sum_over_replicas(vector: Any) -> Any:
     """The elementwise sum of every replica's vector, the same bits on all of them.
 
@@ -49,21 +80,29 @@ def sum_over_replicas(vector: Any) -> Any:
     """
     context = tf.distribute.get_replica_context()
     graph = tf.compat.v1.get_default_graph()
+    if "loop_body" in tf.get_current_name_scope().split("/"):
+        # tf.vectorized_map, by the scope it traces in: its loop of collectives would hang.
+        raise NotSynchronizableError(_outside_of_run("tf.vectorized_map", graph))
     try:
         total = context.all_reduce(tf.distribute.ReduceOp.SUM, vector)
     except RuntimeError as error:
         if "merge_call" not in str(error):
             raise
-        raise NotSynchronizableError(
-            "Synchronized training requires that the layer is called in the graph of the function "
-            "given to strategy.run. Received: a call inside tf.cond, tf.while_loop or a nested "
-            f"tf.function there ({graph.name!r}), where TensorFlow cannot start a collective. Move "
-            "the condition or the loop around strategy.run, or remove the inner @tf.function; to "
-            "switch normalization itself, select between two results with tf.where."
-        ) from error
+        place = "tf.cond, tf.while_loop or a nested tf.function"
+        raise NotSynchronizableError(_outside_of_run(place, graph)) from error
     if not tf.executing_eagerly() and is_function_inside_a_loop(graph):
         _refuse_collectives(graph)
     return total
+
+
+def _outside_of_run(place: str, graph: Any) -> str:
+    return (
+        "Synchronized training requires that the layer is called in the graph of the function "
+        f"given to strategy.run. Received: a call inside {place} there ({graph.name!r}), where "
+        "TensorFlow cannot start a collective. Move the condition or the loop around "
+        "strategy.run, or remove the inner @tf.function; to switch normalization itself, select "
+        "between two results with tf.where."
+    )
 
 
 def _refuse_collectives(graph: Any) -> None:
@@ -106,8 +145,15 @@ def moments_dtype() -> Any:
 
 def _has_float64() -> bool:
     """Whether this strategy's collectives carry float64: a TPU's do not."""
-    return not isinstance(tf.distribute.get_strategy(), tf.distribute.TPUStrategy)
+    return not isinstance(tf.distribute.get_strategy(), _TPU_STRATEGIES)
 
+
+# Three classes, none of them a base of another.
+_TPU_STRATEGIES = (
+    tf.distribute.TPUStrategy,
+    tf.distribute.experimental.TPUStrategy,
+    tf.compat.v1.distribute.experimental.TPUStrategy,
+)
 
 _WITHOUT_MIRRORED_VARIABLES = (
     tf.distribute.experimental.CentralStorageStrategy,

@@ -1,4 +1,7 @@
-"""Passes over a rank-4 channels-last view of the input: moments, normalization, gradient.
+"""Passes over a view of the input, (rows, 1, fold, channels): moments, normalization, gradient.
+
+The fold, 1 for small inputs, is how many running sums a channel's elements are spread over: one
+float32 sum of a million elements has lost four digits, the mean of its parts has not.
 
 Two kernels with the same three functions: `fused`, from TensorFlow's own fused batch normalization,
 and `composed`, which also serves float64 and can be differentiated any number of times. None of
@@ -19,10 +22,7 @@ __all__ = ["CotangentSums", "Scaling", "composed", "kernel_for"]
 
 _AXES = (0, 1, 2)
 
-# Of the pass that only measures: keeps its discarded output finite for a constant channel.
-_MOMENTS_EPSILON = 1e-4
-
-# In standard deviations: up to here the fused kernel's mean is right to 2e-6 of one.
+# In standard deviations: up to here the fused kernel's mean is right to about 2e-6 of one.
 _LARGE_MEAN = 4.0
 
 
@@ -71,49 +71,80 @@ def kernel_for(dtype: Any) -> SimpleNamespace:
 
 def _count(x: Any, dtype: Any) -> Any:
     """Elements a channel, as a scalar: a constant where the shape is known."""
-    height, width, depth = (x.shape[axis] for axis in _AXES)
-    if None not in (height, width, depth):
-        return tf.constant(height * width * depth, dtype)
+    rows, _, fold, _ = x.shape
+    if rows is not None and fold is not None:
+        return tf.constant(rows * fold, dtype)
     return tf.cast(tf.reduce_prod(tf.shape(x, out_type=tf.int64)[:3]), dtype)
+
+
+def _fold_of(x: Any) -> Any:
+    return x.shape[2] if x.shape[2] is not None else tf.shape(x)[2]
+
+
+def _folded(x: Any) -> Any:
+    """The fold as a part of the channels: (rows, 1, 1, fold · channels), of the same memory."""
+    return tf.reshape(x, (-1, 1, 1, _fold_of(x) * x.shape[3]))
+
+
+def _unfolded(vector: Any, channels: int) -> Any:
+    """A result for the folded channels, as a table (fold, channels)."""
+    return tf.reshape(vector, (-1, channels))
+
+
+def _sum(x: Any, dtype: Any) -> Any:
+    """The sum of each channel, shape (C,), by as many running sums as the fold has."""
+    sums = _unfolded(tf.reduce_sum(_folded(x), axis=_AXES), x.shape[3])
+    return tf.reduce_sum(tf.cast(sums, dtype), axis=0)
 
 
 def _fused_moments(x: Any, dtype: Any) -> Moments:
     """Moments in `dtype`, by float32."""
-    channels = x.shape[3]
-    y, mean, variance, *_ = tf.raw_ops.FusedBatchNormV3(
-        x=x,
-        scale=tf.ones(channels),
-        offset=tf.zeros(channels),
-        mean=tf.zeros(0),
-        variance=tf.zeros(0),
-        epsilon=_MOMENTS_EPSILON,
-        is_training=True,
-    )
     count = _count(x, dtype)
-    if not x.shape.is_fully_defined() or 0 in x.shape:
-        # The kernel's statistics of an empty batch are NaN, which must not travel.
-        mean, variance = (tf.where(count > 0, part, 0.0) for part in (mean, variance))
-    # The kernel's variance is the unbiased one.
-    m2 = tf.cast(variance, dtype) * tf.maximum(count - 1, 0)
-    if x.dtype != tf.float32:
-        return Moments(count, tf.cast(mean, dtype), m2)
+    mean, m2 = _moments_by_fold(x, count, dtype)
 
     def refined() -> tuple[Any, Any]:
-        # y is there anyway, centred and of the size of 1: its own mean is what the mean lacks.
-        deviation = tf.sqrt(tf.cast(m2 / as_divisor(count, xp), tf.float32) + _MOMENTS_EPSILON)
-        rest = tf.reduce_sum(y, axis=_AXES) * deviation
-        rest = tf.cast(rest, dtype) / as_divisor(count, xp)
-        return tf.cast(mean, dtype) + rest, tf.maximum(m2 - count * rest * rest, 0)
+        rough = tf.cast(mean, tf.float32)
+        deviations = tf.cast(x, tf.float32) - rough
+        rest = _sum(deviations, dtype) / as_divisor(count, xp)
+        m2 = _sum(tf.square(deviations), dtype) - count * rest * rest
+        return tf.cast(rough, dtype) + rest, tf.maximum(m2, 0)
 
     # The kernel's mean is a float32 sum, a few roundings off. Between replicas of different means
     # that enters the variance at first order, and where the mean is large it is no longer small.
-    large = tf.reduce_any(tf.square(mean) > _LARGE_MEAN**2 * variance)
+    # And XLA computes the kernel as E[x²] − E[x]².
+    large = tf.reduce_any(count * tf.square(mean) > _LARGE_MEAN**2 * m2)
     if tf.config.list_logical_devices("GPU"):
-        # A branch would wait for the device; there the pass over y is cheap.
-        mean, m2 = refined()
-    else:
-        mean, m2 = tf.cond(large, refined, lambda: (tf.cast(mean, dtype), m2))
-    return Moments(count, mean, m2)
+        # A branch would wait for the device; there two more passes are cheap.
+        return Moments(count, *refined())
+    return Moments(count, *tf.cond(large, refined, lambda: (mean, m2)))
+
+
+def _moments_by_fold(x: Any, count: Any, dtype: Any) -> tuple[Any, Any]:
+    """Mean and sum of squared deviations by the fused kernel, merged over the fold."""
+    channels = x.shape[3]
+    folded = _folded(x)
+    ones = tf.ones(tf.shape(folded)[3:])
+    _, mean, variance, *_ = tf.raw_ops.FusedBatchNormV3(
+        x=folded,
+        scale=ones,
+        offset=tf.zeros_like(ones),
+        mean=tf.zeros(0),
+        variance=tf.zeros(0),
+        is_training=True,
+    )
+    if not x.shape.is_fully_defined() or 0 in x.shape:
+        # The kernel's statistics of an empty batch are NaN, which must not travel.
+        mean, variance = (tf.where(count > 0, part, 0.0) for part in (mean, variance))
+    rows = count / tf.cast(_fold_of(x), dtype)
+    # The kernel's variance is the unbiased one.
+    m2 = tf.cast(variance, dtype) * tf.maximum(rows - 1, 0)
+    mean = tf.cast(mean, dtype)
+    if x.shape[2] == 1:
+        return mean, m2
+    means = _unfolded(mean, channels)
+    mean = tf.reduce_mean(means, axis=0)
+    between = tf.reduce_sum(tf.math.squared_difference(means, mean), axis=0)
+    return mean, tf.reduce_sum(_unfolded(m2, channels), axis=0) + rows * between
 
 
 def _fused_apply(x: Any, scaling: Scaling) -> Any:
@@ -131,19 +162,27 @@ def _fused_apply(x: Any, scaling: Scaling) -> Any:
 
 def _fused_backward(dy: Any, x: Any, scaling: Scaling) -> tuple[Any, CotangentSums]:
     """`dy · gamma / √(variance + epsilon)` and the local sums."""
+    fold, channels = _fold_of(x), x.shape[3]
+
+    def tiled(vector: Any) -> Any:
+        return vector if x.shape[2] == 1 else tf.tile(vector, [fold])
+
     gradients = tf.raw_ops.FusedBatchNormGradV3(
-        y_backprop=dy,
-        x=x,
-        scale=scaling.gamma,
-        reserve_space_1=scaling.mean,
-        reserve_space_2=scaling.variance,
+        y_backprop=_folded(dy),
+        x=_folded(x),
+        scale=tiled(scaling.gamma),
+        reserve_space_1=tiled(scaling.mean),
+        reserve_space_2=tiled(scaling.variance),
         reserve_space_3=tf.zeros(0),
         epsilon=scaling.epsilon,
         is_training=False,
     )
-    return gradients.x_backprop, _about_the_mean(
-        gradients.offset_backprop, gradients.scale_backprop, scaling
+    outputs, normalized = (
+        tf.reduce_sum(_unfolded(sums, channels), axis=0)
+        for sums in (gradients.offset_backprop, gradients.scale_backprop)
     )
+    scaled = tf.reshape(gradients.x_backprop, tf.shape(x))
+    return scaled, _about_the_mean(outputs, normalized, scaling)
 
 
 def _about_the_mean(outputs: Any, normalized: Any, scaling: Scaling) -> CotangentSums:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -15,9 +16,17 @@ from syncbn.moments import Moments, as_divisor
 
 __all__ = ["normalize_by_global_batch"]
 
+_ELEMENTS_A_SUM = 512
+
+_NOT_DERIVABLE = (
+    "Synchronized batch normalization requires reverse-mode differentiation (tf.GradientTape). "
+    "Received: forward-mode differentiation or a gradient through tf.vectorized_map, which do not "
+    "know its gradient. Use tf.GradientTape, and tf.map_fn in place of tf.vectorized_map."
+)
+
 
 def normalize_by_global_batch(
-    inputs: Any, gamma: Any | None, beta: Any | None, axis: int, epsilon: float
+    inputs: Any, gamma: Any | None, beta: Any | None, axis: int, epsilon: float, state: Any
 ) -> tuple[Any, Moments]:
     """Normalize by the moments of the concatenated batch of all replicas.
 
@@ -39,21 +48,25 @@ def normalize_by_global_batch(
         beta: shape (C,), or None for zeros.
         axis: that of the channels.
         epsilon: added to the variance.
+        state: a variable of the layer, shape (C,), made under the strategy it trains under.
 
     Returns:
         The outputs, in the dtype of the inputs, and the global moments: float64, or float32 on TPU.
 
     Raises:
         NotSynchronizableError: the replicas cannot meet here.
+        LookupError: from TensorFlow, by forward-mode differentiation.
 
     References:
         Ioffe, Szegedy, "Batch Normalization", arXiv:1502.03167, 2015 (the gradient: section 3).
     """
-    channels = inputs.shape[axis]
+    collectives.check_owner(state)
+    (channels,) = state.shape
     dtype = _statistics_dtype(inputs.dtype)
-    to_view, from_view = _channels_last_views(inputs, axis)
-    # Statistics are not part of what is differentiated here: the gradient below knows of them.
-    constant = to_view(tf.stop_gradient(inputs))
+    to_view, from_view = _views(inputs, axis, channels)
+    # The gradient below is that of the statistics too. Whoever would take one here, past it, must
+    # not find a constant: forward-mode differentiation and tf.vectorized_map look inside.
+    constant = to_view(tf.raw_ops.PreventGradient(input=inputs, message=_NOT_DERIVABLE))
     kernel = kernels.kernel_for(inputs.dtype)
     moments = collectives.global_moments(kernel.moments(constant, collectives.moments_dtype()))
 
@@ -62,6 +75,7 @@ def normalize_by_global_batch(
         scaling = Scaling.of(moments, gamma, beta, epsilon)
 
         def gradient(dy: Any) -> tuple[Any, Any, Any]:
+            dy = tf.convert_to_tensor(dy)  # of tf.gather it is IndexedSlices
             dx, sums = _gradient(to_view(dy), to_view(x), scaling, moments)
             return from_view(dx), sums.normalized, sums.outputs
 
@@ -136,45 +150,54 @@ def _statistics_dtype(dtype: Any) -> Any:
     return tf.float64 if dtype == tf.float64 else tf.float32
 
 
-def _channels_last_views(
-    inputs: Any, axis: int
+def _views(
+    inputs: Any, axis: int, channels: int
 ) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
-    """Functions from the shape of the inputs to a rank-4 channels-last view, and back.
+    """Functions from the shape of the inputs to (rows, 1, fold, channels), and back.
 
     Channels that are not last are transposed: on a CPU the fused kernels take 5.9 ms for
     [16, 64, 56, 56] as it lies, 3.1 ms with the transposition.
     """
     rank = inputs.shape.rank
     axis %= rank
-    channels = inputs.shape[axis]
-    shape = _believable_shape(inputs)
-    if axis == rank - 1 == 3 and inputs.shape.is_fully_defined():
-        return _unchanged, _unchanged
-    if axis == rank - 1:
-        return (
-            lambda tensor: tf.reshape(tensor, (-1, 1, 1, channels)),
-            lambda view: tf.reshape(view, shape),
-        )
+    shape = _believable_shape(inputs, axis, channels)
     to_last = [*range(axis), *range(axis + 1, rank), axis]
     from_last = [*range(axis), rank - 1, *range(axis, rank - 1)]
-    transposed_shape = [shape[position] for position in to_last]
+    last_shape = [shape[position] for position in to_last]
+    view_shape = (-1, 1, _fold(last_shape[1:-1]), channels)
+    if axis == rank - 1:
+        return (
+            lambda tensor: tf.reshape(tensor, view_shape),
+            lambda view: tf.reshape(view, shape),
+        )
     return (
-        lambda tensor: tf.reshape(tf.transpose(tensor, to_last), (-1, 1, 1, channels)),
-        lambda view: tf.transpose(tf.reshape(view, transposed_shape), from_last),
+        lambda tensor: tf.reshape(tf.transpose(tensor, to_last), view_shape),
+        lambda view: tf.transpose(tf.reshape(view, last_shape), from_last),
     )
 
 
-def _believable_shape(inputs: Any) -> list[Any]:
+def _fold(spatial: list[Any]) -> Any:
+    """Over how many running sums to spread a channel: see `kernels`.
+
+    As few as leave each about 500 elements of an example; they must divide the elements, which of
+    sizes that are unknown only the sizes themselves do.
+    """
+    if not all(isinstance(size, int) for size in spatial):
+        return tf.maximum(spatial[-1], 1)
+    elements = math.prod(spatial)
+    least = -(-elements // _ELEMENTS_A_SUM)
+    return next((k for k in range(max(least, 1), elements + 1) if elements % k == 0), 1)
+
+
+def _believable_shape(inputs: Any, axis: int, channels: int) -> list[Any]:
     """Sizes by what is known when tracing, and by the tensor itself only where that is unknown.
 
     A convolution by oneDNN returns an empty batch in the shape of its own input, (0, 6, 6, 2) for
     what was declared (None, 4, 4, 4), and the fused kernels look at the last size.
     """
-    if inputs.shape.is_fully_defined():
-        return list(inputs.shape)
+    known = list(inputs.shape)
+    known[axis] = channels
+    if None not in known:
+        return known
     sizes = tf.shape(inputs)
-    return [sizes[i] if size is None else size for i, size in enumerate(inputs.shape)]
-
-
-def _unchanged(tensor: Any) -> Any:
-    return tensor
+    return [sizes[i] if size is None else size for i, size in enumerate(known)]
