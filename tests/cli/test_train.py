@@ -115,6 +115,7 @@ def test_convnet_on_a_file_with_more_replicas_than_the_last_batch_has_images(tmp
         (["--replicas", "0"], "--replicas must be at least 1"),
         (["--replicas", "4", "--batch-size", "3"], "--batch-size 3 for --replicas 4"),
         (["--epochs", "0"], "--epochs must be at least 1"),
+        (["--batch-size", "1000000000000000000000"], "--batch-size must be at least 1 and at most"),
         (["--epochs", "many"], "invalid int value: 'many'"),
         (["--model", "transformer"], "invalid choice: 'transformer'"),
         (["--optimizer", "sdg"], "--optimizer must be the name"),
@@ -139,6 +140,24 @@ def test_an_output_that_is_a_file_is_refused_before_training(tmp_path):
     assert result.returncode == 2
     assert "--output must be a folder" in result.stderr
     assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_an_output_whose_files_cannot_be_replaced_is_refused_before_training(tmp_path):
+    (tmp_path / "model.keras").mkdir()
+    result = run("--output", str(tmp_path))
+    assert result.returncode == 2
+    assert "model.keras in it is a folder" in result.stderr
+
+
+def test_diverged_training_is_reported_in_valid_json(tmp_path):
+    arguments = ("--learning-rate", "1e30", "--optimizer", "sgd", "--epochs", "1")
+    result = run(
+        *arguments, "--strategy", "none", "--batch-size", "1000", "--output", str(tmp_path)
+    )
+    assert result.returncode == 0, result.stderr
+    text = (tmp_path / "table.json").read_text()
+    assert "NaN" not in text
+    assert json.loads(text)["rows"][0]["test_loss"] is None
 
 
 def test_another_keras_backend_is_refused(tmp_path):

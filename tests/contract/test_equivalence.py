@@ -13,6 +13,7 @@ from tests.harness import (
     assert_statistics,
     local_results,
     make_case,
+    make_layer,
     observe,
     per_replica,
     strategy_for,
@@ -85,7 +86,8 @@ def test_channels_that_are_not_last_on_a_replica_without_elements():
     assert_equals_one_device(case, observe(case), TOLERANCE["float32"])
 
 
-def test_an_empty_batch_behind_a_convolution():
+@pytest.mark.parametrize("known_sizes", [True, False])
+def test_an_empty_batch_behind_a_convolution(known_sizes):
     """oneDNN's convolution returns an empty batch in the wrong shape, (0, 9, 9, 3) here."""
     strategy = strategy_for(2)
     with strategy.scope():
@@ -101,7 +103,11 @@ def test_an_empty_batch_behind_a_convolution():
         return y, tape.gradient(y, x, output_gradients=dy)
 
     signature = [any_size(per_replica(strategy, parts), -1) for parts in (x.parts, dy.cotangents)]
-    run = tf.function(lambda x, dy: strategy.run(step, args=(x, dy)), input_signature=signature)
+    run = tf.function(
+        lambda x, dy: strategy.run(step, args=(x, dy)),
+        input_signature=None if known_sizes else signature,
+        autograph=False,
+    )
     y, _ = run(per_replica(strategy, x.parts), per_replica(strategy, dy.cotangents))
     alone = model.layers[0](x.parts[0]).numpy()
     expected = alone - alone.mean((0, 1, 2))
@@ -111,6 +117,42 @@ def test_an_empty_batch_behind_a_convolution():
         expected,
         1e-5,
     )
+
+
+def test_a_gradient_of_rows_that_were_gathered():
+    """TensorFlow hands it over as IndexedSlices."""
+    case = make_case([(8, 2, 2, 3)])
+    layer = make_layer(case, strategy_for(1))
+    rows, weights = [0, 2, 2], tf.constant(case.cotangents[0][:3])
+
+    @tf.function(autograph=False)
+    def run(x):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = tf.reduce_sum(tf.gather(layer(x, training=True), rows) * weights)
+        return tape.gradient(y, x)
+
+    cotangent = np.zeros_like(case.parts[0])
+    np.add.at(cotangent, rows, weights.numpy())
+    expected = case._replace(cotangents=[cotangent]).expected().input_gradients[0]
+    assert_close("input gradients", run(tf.constant(case.parts[0])), expected, 2e-6)
+
+
+@pytest.mark.parametrize("dtype", ["int32", "uint8", "bool"])
+def test_integers_are_normalized_as_the_numbers_they_are(dtype):
+    x = np.array([[1, 0], [0, 1], [1, 1]], dtype)
+    layer = syncbn.SyncBatchNormalization()
+    expected = (x.astype("f8") - x.mean(0)) / np.sqrt(x.astype("f8").var(0) + 1e-3)
+    assert_close("outputs", layer(tf.constant(x), training=True), expected, 2e-6)
+
+
+def test_a_number_of_channels_that_the_trace_does_not_know():
+    case = make_case([(9, 4)])
+    layer = make_layer(case, strategy_for(1))
+    run = tf.function(
+        lambda x: layer(x, training=True), input_signature=[tf.TensorSpec((None, None))]
+    )
+    assert_close("outputs", run(case.parts[0]), case.expected().outputs[0], 2e-6)
 
 
 @pytest.mark.parametrize(("center", "scale"), [(False, True), (True, False), (False, False)])

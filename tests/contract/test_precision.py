@@ -8,7 +8,9 @@ from tests.harness import (
     assert_equals_one_device,
     assert_statistics,
     make_case,
+    make_layer,
     observe,
+    strategy_for,
 )
 
 from syncbn._backends.tensorflow import collectives
@@ -43,6 +45,25 @@ def test_normalization_at_a_large_mean_keeps_the_digits_of_the_input(payload):
     for own, its in zip(observed.outputs, expected.outputs, strict=True):
         # Far less than the distance of two float32 numbers at this mean, 5e-4.
         assert_close("outputs", own, its, 2e-6 if payload == "float64 payload" else 5e-6)
+
+
+@pytest.mark.parametrize("shapes", [[(16, 112, 112, 4)], [(8, 256, 256, 3), (3, 256, 256, 3)]])
+@pytest.mark.parametrize("unknown_sizes", [True, False], ids=["unknown sizes", "known sizes"])
+def test_many_elements_do_not_wear_out_a_float32_sum(shapes, unknown_sizes):
+    """Two hundred thousand elements a channel and more; one running sum is 1e-5 off."""
+    case = make_case(shapes)
+    assert_equals_one_device(case, observe(case, unknown_sizes=unknown_sizes), 2e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("offset", [0.0, 3.0, 100.0])
+def test_compiled_by_xla_the_variance_is_as_right(offset, dtype):
+    """XLA computes the fused kernel as E[x²] − E[x]²."""
+    case = make_case([(512, 4)], dtype=dtype, offset=offset)._replace(momentum=0.0)
+    layer = make_layer(case, strategy_for(1), "mixed_float16" if dtype == "float16" else dtype)
+    compiled = tf.function(lambda x: layer(x, training=True), jit_compile=True, autograph=False)
+    compiled(tf.constant(case.parts[0]))
+    assert_close("variance", layer.moving_variance.numpy(), case.expected().variance, 5e-6)
 
 
 def test_float32_table_equals_one_device(monkeypatch):

@@ -1,4 +1,4 @@
-"""Where the layer works, and the errors where it cannot: loud, never local."""
+"""Where the layer works: strategies, traces, Keras's fit."""
 
 import keras
 import numpy as np
@@ -97,45 +97,6 @@ def test_a_loop_around_strategy_run_moves_the_statistics_each_time():
     assert_close("moving mean", layer.moving_mean.numpy(), expected, 2e-6)
 
 
-def a_tf_cond(layer, x):
-    return tf.cond(tf.reduce_sum(x) < 1e9, lambda: layer(x, training=True), lambda: x)
-
-
-def a_tf_while_loop(layer, x):
-    return tf.while_loop(lambda i, _: i < 2, lambda i, y: (i + 1, layer(y, training=True)), (0, x))
-
-
-def a_nested_tf_function(layer, x):
-    return tf.function(lambda x: layer(x, training=True))(x)
-
-
-@pytest.mark.parametrize("autograph", [True, False])
-@pytest.mark.parametrize("body", [a_tf_cond, a_tf_while_loop, a_nested_tf_function])
-def test_control_flow_within_a_replica_is_refused_with_the_remedy(body, autograph):
-    strategy = strategy_for(2)
-    case = make_case([(9, 4), (4, 4)])
-    layer = make_layer(case, strategy)
-
-    @tf.function(autograph=autograph)
-    def step(x):
-        return strategy.run(lambda x: body(layer, x), args=(x,))
-
-    with pytest.raises(syncbn.NotSynchronizableError) as raised:
-        step(per_replica(strategy, case.parts))
-    assert "Received: a call inside tf.cond, tf.while_loop or a nested tf.function" in str(
-        raised.value
-    )
-    assert "around strategy.run" in str(raised.value)
-
-
-@pytest.mark.parametrize("body", [a_tf_cond, a_tf_while_loop, a_nested_tf_function])
-def test_control_flow_on_one_device_works(body):
-    case = make_case([(9, 4)])
-    layer = make_layer(case, strategy_for(1))
-    tf.function(lambda x: body(layer, x))(tf.constant(case.parts[0]))
-    assert np.abs(layer.moving_mean.numpy()).min() > 0
-
-
 def fit(strategy, layer, **compile_arguments):
     rng = np.random.default_rng(0)
     with strategy.scope():
@@ -178,23 +139,6 @@ def test_steps_per_execution_under_a_strategy_is_refused_with_the_remedy():
         fit(strategy_for(2), syncbn.SyncBatchNormalization, steps_per_execution=4)
 
 
-def test_cross_replica_context_is_refused_in_training_alone():
-    strategy = strategy_for(2)
-    layer = make_layer(make_case([(3, 4), (3, 4)]), strategy)
-    x = tf.ones((3, 4))
-    with strategy.scope():
-        assert layer(x, training=False).shape == x.shape
-        with pytest.raises(syncbn.NotSynchronizableError) as raised:
-            layer(x, training=True)
-    message = str(raised.value)
-    assert "requires a replica context" in message
-    assert (
-        "Received: a call with training=True in the cross-replica context of MirroredStrategy"
-        in message
-    )
-    assert "inside strategy.run(step, args=(batch,))" in message
-
-
 def test_a_model_is_built_in_the_scope_also_with_training_true():
     strategy = strategy_for(2)
     with strategy.scope():
@@ -218,51 +162,3 @@ def test_a_subclassed_model_is_built_by_shapes_in_the_scope():
         model = Subclassed()
         spec = keras.KerasTensor((None, 4))
         assert model.compute_output_spec(spec).shape == (None, 4)
-
-
-def test_central_storage_strategy_is_refused():
-    strategy = tf.distribute.experimental.CentralStorageStrategy(["CPU:0", "CPU:1"])
-    with strategy.scope():
-        layer = syncbn.SyncBatchNormalization()
-        layer.build((None, 4))
-    with pytest.raises(syncbn.NotSynchronizableError) as raised:
-        strategy.run(lambda: layer(tf.ones((3, 4)), training=True))
-    assert "Received: CentralStorageStrategy" in str(raised.value)
-    assert "Train under one of those" in str(raised.value)
-
-
-def test_a_mask_is_refused_in_training_and_passes_in_inference():
-    layer = syncbn.SyncBatchNormalization(name="norm")
-    x, mask = tf.ones((2, 3, 4)), tf.constant([[True, True, False], [True, False, False]])
-    assert layer(x, training=False, mask=mask).shape == x.shape
-    with pytest.raises(syncbn.UnsupportedFeatureError) as raised:
-        layer(x, training=True, mask=mask)
-    assert "requires inputs without a mask in training" in str(raised.value)
-    assert "Received: a mask of shape (2, 3)" in str(raised.value)
-
-
-def test_a_mask_that_an_embedding_makes_is_refused_too():
-    model = keras.Sequential(
-        [keras.layers.Embedding(5, 4, mask_zero=True), syncbn.SyncBatchNormalization()]
-    )
-    with pytest.raises(syncbn.UnsupportedFeatureError, match="mask"):
-        model(tf.constant([[1, 2, 0]]), training=True)
-
-
-def test_renorm_is_refused():
-    with pytest.raises(syncbn.UnsupportedFeatureError, match="requires renorm=False"):
-        syncbn.SyncBatchNormalization(renorm=True)
-
-
-@pytest.mark.parametrize("value", [True, False])
-def test_synchronized_is_not_an_argument(value):
-    with pytest.raises(TypeError, match="this layer always synchronizes"):
-        syncbn.SyncBatchNormalization(synchronized=value)
-
-
-def test_other_backends_are_refused_in_training(monkeypatch):
-    layer = syncbn.SyncBatchNormalization()
-    layer.build((None, 4))
-    monkeypatch.setattr(keras.backend, "backend", lambda: "jax")
-    with pytest.raises(syncbn.NotSynchronizableError, match=r"keras\.backend\.backend\(\)='jax'"):
-        layer.call(tf.ones((2, 4)), training=True)

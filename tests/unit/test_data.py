@@ -1,6 +1,7 @@
 """The data of the main job: real digits, files in Keras's layout, and every way a file is wrong."""
 
 import pathlib
+import zipfile
 
 import numpy as np
 import pytest
@@ -64,8 +65,10 @@ def test_images_with_channels_and_floats_are_taken_as_they_are(tmp_path):
         ({"x_train": np.zeros((20, 5))}, "x_train must hold images"),
         ({"x_train": np.zeros((0, 5, 4)), "y_train": np.zeros(0, int)}, "x_train must hold images"),
         ({"x_train": np.full((20, 5, 4), "a")}, "x_train must hold numbers"),
-        ({"x_train": np.full((20, 5, 4), np.nan)}, "400 NaN or infinite values"),
+        ({"x_train": np.full((20, 5, 4), np.nan)}, "400 NaN, infinite or larger values"),
+        ({"x_train": np.full((20, 5, 4), 1e300)}, "400 NaN, infinite or larger values"),
         ({"x_test": np.zeros((6, 5, 5), np.uint8)}, "must be of one size"),
+        ({"x_test": np.zeros((6, 5, 4), np.float32)}, "both be integers or both be floats"),
         ({"y_train": np.zeros(19, int)}, "one integer an image, shape \\(20,\\)"),
         ({"y_train": np.zeros((20, 3), int)}, "not one-hot rows"),
         ({"y_train": np.zeros(20)}, "dtype float64"),
@@ -114,6 +117,14 @@ def test_a_file_with_damaged_contents_is_refused(tmp_path):
     path.write_bytes(content)
     with pytest.raises(syncbn.InputError, match="cannot be read as one"):
         data.load(str(path))
+
+
+def test_a_member_that_is_no_array_is_refused(tmp_path):
+    path = saved(tmp_path, y_test=None)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("y_test", b"text")
+    with pytest.raises(syncbn.InputError, match="y_test is not an array"):
+        data.load(path)
 
 
 def test_a_single_array_is_refused(tmp_path):

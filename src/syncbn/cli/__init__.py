@@ -40,5 +40,5 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"syncbn: error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
     except KeyboardInterrupt:
-        print("syncbn: interrupted, nothing was finished", file=sys.stderr)
+        print("syncbn: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED

@@ -97,6 +97,12 @@ def _add_training_options(add: Callable[..., Any]) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Check everything that can be checked first, then train and write the results."""
+    # Before the imports: an exception within NumPy's would come out as one of its own.
+    with _stop_flag() as flag:
+        return _run(arguments, flag)
+
+
+def _run(arguments: argparse.Namespace, flag: _Flag) -> int:
     from syncbn.training.settings import TrainSettings
 
     names = TrainSettings.__dataclass_fields__
@@ -105,8 +111,7 @@ def run(arguments: argparse.Namespace) -> int:
     )
     settings.check()
     _start_tensorflow()
-    with _stop_flag() as flag:
-        return _train_and_report(settings, arguments.output, flag)
+    return _train_and_report(settings, arguments.output, flag)
 
 
 def _start_tensorflow() -> None:
@@ -178,6 +183,6 @@ def _train_and_report(settings: TrainSettings, folder: Path, flag: _Flag) -> int
         print_table(settings, dataset, rows, paths)
     if complete:
         return 0
-    kept = f"{len(finished)} of {len(runs)} runs" if finished else "no epoch"
-    print(f"syncbn: interrupted, {kept} finished or begun and kept", file=sys.stderr)
+    kept = f"kept the finished epochs of {len(finished)} run(s)" if finished else "nothing to keep"
+    print(f"syncbn: interrupted, {kept}", file=sys.stderr)
     return EXIT_INTERRUPTED

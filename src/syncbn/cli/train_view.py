@@ -97,6 +97,6 @@ def print_table(
             "one device again, each batch back to front; its Δ is rounding alone, amplified by "
             "training."
         )
-    else:
+    elif not settings.compare:
         console.print("Add --compare to see how far this is from one device.")
     console.print("Written: " + ", ".join(str(path) for path in paths), soft_wrap=True)

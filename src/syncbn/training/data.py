@@ -95,7 +95,16 @@ def _read_npz(path: Path) -> dict[str, Any]:
                 )
             with loaded:
                 return _four_arrays(path, loaded)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    # RuntimeError: encrypted, or packed by an unknown method. MemoryError: an absurd shape.
+    except (
+        OSError,
+        ValueError,
+        EOFError,
+        RuntimeError,
+        MemoryError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(
@@ -111,7 +120,11 @@ def _four_arrays(path: Path, loaded: Any) -> dict[str, Any]:
             f"--data requires {_LAYOUT}. Received: {str(path)!r} with the arrays "
             f"{sorted(loaded.files)}. Add or rename: {', '.join(missing)}."
         )
-    return {name: loaded[name] for name in _ARRAYS}
+    arrays = {name: loaded[name] for name in _ARRAYS}
+    for name, array in arrays.items():
+        if not isinstance(array, np.ndarray):
+            raise ValueError(f"{name} is not an array")
+    return arrays
 
 
 def _checked(name: str, arrays: dict[str, Any]) -> Dataset:
@@ -122,6 +135,13 @@ def _checked(name: str, arrays: dict[str, Any]) -> Dataset:
         raise InputError(
             f"{name}: training and test images must be of one size. Received: x_train "
             f"{arrays['x_train'].shape} and x_test {arrays['x_test'].shape}. Resize one of them."
+        )
+    kinds = {arrays[f"x_{part}"].dtype.kind in "ui" for part in ("train", "test")}
+    if len(kinds) > 1:
+        raise InputError(
+            f"{name}: training and test images must both be integers or both be floats, to be "
+            f"scaled alike. Received: {arrays['x_train'].dtype} and {arrays['x_test'].dtype}. "
+            "Save them in one dtype."
         )
     classes = _count_classes(name, arrays["y_train"], arrays["y_test"])
     integer = np.issubdtype(arrays["x_train"].dtype, np.integer)
@@ -152,10 +172,12 @@ def _check_images(name: str, array_name: str, images: Any) -> None:
             f"{name}: {array_name} must hold numbers. Received: dtype {images.dtype}. Save it as "
             "uint8 or float32."
         )
-    if images.dtype.kind == "f" and not np.isfinite(images).all():
+    # Compared, not cast: a float64 of 1e300 would become an infinity in float32.
+    bad = ~(np.abs(images) <= np.finfo(np.float32).max) if images.dtype.kind == "f" else False
+    if np.any(bad):
         raise InputError(
-            f"{name}: {array_name} must hold finite numbers. Received: "
-            f"{int((~np.isfinite(images)).sum())} NaN or infinite values. Remove those images."
+            f"{name}: {array_name} must hold numbers that are finite in float32. Received: "
+            f"{int(np.sum(bad))} NaN, infinite or larger values. Remove those images."
         )
 
 

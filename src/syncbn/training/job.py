@@ -66,7 +66,7 @@ class Observer(Protocol):
 
 def plan(settings: TrainSettings) -> list[Run]:
     """The runs of a job, still without epochs: the wanted one first, then those to compare."""
-    replicas = _replicas(settings)
+    replicas = settings.replicas_in_sync
     runs = [Run(_name(settings.norm, replicas), settings.norm, replicas, [])]
     if settings.compare:
         runs.append(Run("one device", "local", 1, []))
@@ -80,13 +80,9 @@ def plan(settings: TrainSettings) -> list[Run]:
     return runs
 
 
-def _replicas(settings: TrainSettings) -> int:
-    return settings.replicas if settings.strategy == "mirrored" else 1
-
-
 def prepare_devices(settings: TrainSettings) -> None:
     """Make the devices of the job; must come before anything that starts TensorFlow."""
-    make_virtual_devices(_replicas(settings))
+    make_virtual_devices(settings.replicas_in_sync)
 
 
 def _name(norm: str, replicas: int) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -17,7 +18,9 @@ from syncbn.training.comparison import REFERENCE, Row, differences
 from syncbn.training.job import Run
 from syncbn.training.settings import TrainSettings
 
-__all__ = ["prepare_folder", "write"]
+__all__ = ["FILES", "check_drawable", "prepare_folder", "write"]
+
+FILES = ("model.keras", "history.csv", "table.json", "curves.png")
 
 
 def prepare_folder(folder: Path) -> None:
@@ -30,6 +33,9 @@ def prepare_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
+        for name in FILES:
+            if (folder / name).is_dir():
+                raise IsADirectoryError(None, f"{name} in it is a folder")
     except OSError as error:
         raise InputError(
             f"--output must be a folder that can be written to. Received: {str(folder)!r} "
@@ -55,14 +61,14 @@ def write(
         model: the wanted run's, with its last weights.
         moving: for each weight, whether it is a moving statistic.
     """
-    writers: dict[str, Callable[[Path], None]] = {
-        "model.keras": model.save,
-        "history.csv": lambda path: _write_history(path, runs),
-        "table.json": lambda path: _write_table(path, settings, rows),
-        "curves.png": lambda path: _draw_curves(path, runs, moving),
-    }
+    writers: tuple[Callable[[Path], None], ...] = (
+        model.save,
+        lambda path: _write_history(path, runs),
+        lambda path: _write_table(path, settings, rows),
+        lambda path: _draw_curves(path, runs, moving),
+    )
     paths = []
-    for name, write_file in writers.items():
+    for name, write_file in zip(FILES, writers, strict=True):
         path = folder / name
         with _written_whole(path) as temporary:
             write_file(temporary)
@@ -113,7 +119,17 @@ def _write_table(path: Path, settings: TrainSettings, rows: list[Row]) -> None:
             for row in rows
         ],
     }
-    path.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(_without_nan(document), indent=2, ensure_ascii=False, allow_nan=False)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def _without_nan(value: Any) -> Any:
+    """The same with null for what diverged: JSON has no NaN."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _draw_curves(path: Path, runs: list[Run], moving: list[bool]) -> None:

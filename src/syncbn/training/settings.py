@@ -10,6 +10,7 @@ from syncbn.training.data import Dataset
 
 __all__ = ["PRECISIONS", "TrainSettings"]
 
+_LARGEST = 2**31 - 1
 PRECISIONS = ("float32", "float64", "mixed_bfloat16", "mixed_float16")
 
 
@@ -45,6 +46,11 @@ class TrainSettings:
     precision: str = "float32"
     compare: bool = False
 
+    @property
+    def replicas_in_sync(self) -> int:
+        """How many replicas train: without a strategy one, whatever `replicas` says."""
+        return self.replicas if self.strategy == "mirrored" else 1
+
     def check(self) -> None:
         """Raise an InputError for the first value that cannot be meant."""
         for name, value in (
@@ -52,9 +58,12 @@ class TrainSettings:
             ("--epochs", self.epochs),
             ("--batch-size", self.batch_size),
         ):
-            if value < 1:
-                raise InputError(f"{name} must be at least 1. Received: {value}. Give more.")
-        if self.batch_size < self.replicas:
+            if not 1 <= value <= _LARGEST:
+                raise InputError(
+                    f"{name} must be at least 1 and at most {_LARGEST}. Received: {value}. "
+                    "Give another number."
+                )
+        if self.batch_size < self.replicas_in_sync:
             raise InputError(
                 "--batch-size, which is that of the global batch, must be at least the number of "
                 f"replicas. Received: --batch-size {self.batch_size} for --replicas "
@@ -72,8 +81,8 @@ class TrainSettings:
 
     def check_against(self, dataset: Dataset) -> None:
         """Raise an InputError if these data cannot be trained on like this."""
-        if len(dataset.x_train) < self.replicas:
+        if len(dataset.x_train) < self.replicas_in_sync:
             raise InputError(
-                f"{dataset.name}: training on {self.replicas} replicas needs at least as many "
-                f"images. Received: {len(dataset.x_train)} in x_train. Use fewer replicas."
+                f"{dataset.name}: training on {self.replicas_in_sync} replicas needs at least as "
+                f"many images. Received: {len(dataset.x_train)} in x_train. Use fewer replicas."
             )
