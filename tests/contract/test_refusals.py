@@ -180,10 +180,12 @@ def test_a_gradient_through_vectorized_map_is_refused():
     case = make_case([(3, 9, 4)])
     layer = make_layer(case._replace(parts=[case.parts[0][0]]), strategy_for(1))
     x = tf.constant(case.parts[0])
-    with (
-        pytest.raises(LookupError, match="requires reverse-mode differentiation"),
-        tf.GradientTape() as tape,
-    ):
-        tape.watch(x)
-        y = tf.vectorized_map(lambda z: layer(z, training=True), x)
-        tape.gradient(y, x, output_gradients=tf.constant(case.cotangents[0]))
+
+    def gradient():
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = tf.vectorized_map(lambda z: layer(z, training=True), x)
+        return tape.gradient(y, x, output_gradients=tf.constant(case.cotangents[0]))
+
+    with pytest.raises(LookupError, match="requires reverse-mode differentiation"):
+        gradient()
