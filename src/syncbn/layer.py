@@ -73,8 +73,10 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
     Raises:
         UnsupportedFeatureError: `renorm=True`; in training, an input with a mask.
         NotSynchronizableError: in training, where the replicas cannot meet: under
-            ParameterServerStrategy, in the cross-replica context, inside `tf.cond` or
-            `tf.while_loop` within a replica, on a Keras backend other than TensorFlow.
+            ParameterServerStrategy, in the cross-replica context, outside of the strategy that the
+            layer was made under, inside `tf.cond` or `tf.while_loop` within a replica, on a Keras
+            backend other than TensorFlow.
+        LookupError: from TensorFlow, by forward-mode differentiation.
 
     References:
         Ioffe, Szegedy, "Batch Normalization", arXiv:1502.03167, 2015.
