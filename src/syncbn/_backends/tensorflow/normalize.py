@@ -36,7 +36,8 @@ def normalize_by_global_batch(
     and beta are those of this replica's part (`Σ dy·x̂` and `Σ dy` over it): training adds them up
     over the replicas, as it does those of every other weight.
 
-    One collective forward and one backward; none for one replica. The gradient keeps the input and vectors of the size of the channels.
+    One collective forward and one backward; none for one replica. The gradient keeps
+    the input and vectors of the size of the channels.
 
     Args:
         inputs: float64, float32, bfloat16 or float16, any rank, any size but the channels may be
