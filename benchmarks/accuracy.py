@@ -9,7 +9,6 @@ standard deviation apart; largest error relative to float64 NumPy over the whole
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
@@ -23,7 +22,7 @@ import numpy as np
 import tensorflow as tf
 
 import syncbn
-from machine import describe
+from machine import write
 from syncbn._backends.tensorflow.replicas import mirrored_strategy
 
 OFFSETS = (0.0, 1e1, 1e2, 1e3, 1e4, 1e5)
@@ -73,13 +72,11 @@ def main() -> int:
             f"         {theirs[1]:9.1e}{ours[1]:9.1e}"
         )
     if arguments.output:
-        document = {
-            "what": "largest error of [variance, relative; outputs, in standard deviations]",
-            "machine": describe(),
-            "results": rows,
-        }
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        write(
+            arguments.output,
+            what="largest error of [variance, relative; outputs, in standard deviations]",
+            results=rows,
+        )
     return 0
 
 

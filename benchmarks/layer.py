@@ -9,7 +9,6 @@ a figure is the median of the ratios of one round, with the quartiles as its spr
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import sys
@@ -26,7 +25,7 @@ import numpy as np
 import tensorflow as tf
 
 import syncbn
-from machine import describe
+from machine import write
 from syncbn._backends.tensorflow.replicas import mirrored_strategy
 
 SHAPES = ((16, 56, 56, 64), (16, 14, 14, 256), (64, 128), (1024, 512))
@@ -146,15 +145,13 @@ def main() -> int:
                 f"({figure['lower_quartile']:.2f} to {figure['upper_quartile']:.2f})"
             )
     if arguments.output:
-        document = {
-            "what": "forward and backward of one layer, float32",
-            "replicas": arguments.replicas,
-            "rounds": arguments.rounds,
-            "machine": describe(),
-            "results": results,
-        }
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        write(
+            arguments.output,
+            what="forward and backward of one layer, float32",
+            replicas=arguments.replicas,
+            rounds=arguments.rounds,
+            results=results,
+        )
     return 0
 
 

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 from importlib import metadata
+from pathlib import Path
+from typing import Any
 
-__all__ = ["describe"]
+__all__ = ["describe", "write"]
+
+
+def write(path: Path, **document: Any) -> None:
+    """Write figures as JSON, with the machine and the versions that they were measured on."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({**document, "machine": describe()}, indent=2)
+    path.write_text(text + "\n", encoding="utf-8")
 
 
 def describe() -> dict[str, str | int]:

@@ -155,4 +155,5 @@ def test_supported_versions_are_those_of_the_readme():
 def test_every_module_of_the_package_can_be_imported():
     for path in MODULES:
         if path.name != "__main__.py":
-            importlib.import_module(".".join(path.relative_to(ROOT / "src").with_suffix("").parts))
+            name = ".".join(path.relative_to(ROOT / "src").with_suffix("").parts)
+            assert importlib.import_module(name).__doc__, f"{name} says nothing of itself"
