@@ -8,10 +8,9 @@ import math
 from syncbn.errors import InputError
 from syncbn.training.data import Dataset
 
-__all__ = ["PRECISIONS", "TrainSettings"]
+__all__ = ["TrainSettings"]
 
 _LARGEST = 2**31 - 1
-PRECISIONS = ("float32", "float64", "mixed_bfloat16", "mixed_float16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +28,7 @@ class TrainSettings:
         optimizer: a name that `keras.optimizers.get` knows.
         learning_rate: None for the optimizer's own.
         seed: of the weights and of the order of the examples.
-        precision: a Keras dtype policy, one of `PRECISIONS`.
+        precision: a Keras dtype policy, such as "float32" or "mixed_float16".
         compare: also train the other normalizations and one device, and compare.
     """
 
