@@ -31,5 +31,6 @@ def _devices():
 def _fresh_keras_names():
     import keras
 
-    keras.backend.clear_session()
+    # Freeing memory is a whole garbage collection, a second a test once TensorFlow has graphs.
+    keras.backend.clear_session(free_memory=False)
     keras.utils.set_random_seed(0)
