@@ -3,7 +3,7 @@
 SyncbnError
 ├── NotSynchronizableError   (RuntimeError)  synchronizing was asked for and cannot happen here
 ├── UnsupportedFeatureError  (ValueError)    an argument or input that this version cannot serve yet
-└── InputError               (ValueError)    data or settings of a job that cannot be used
+└── InputError               (ValueError)    arguments, data or settings that cannot be used
 """
 
 from __future__ import annotations
@@ -32,4 +32,4 @@ class UnsupportedFeatureError(SyncbnError, ValueError):
 
 
 class InputError(SyncbnError, ValueError):
-    """Data or settings of a job that cannot be used; the command line ends with exit code 2."""
+    """Arguments, data or settings that cannot be used; the command line ends with exit code 2."""

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import inspect
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
 from keras import ops
 
 from syncbn import _backends
+from syncbn._backends.interface import Batch, Scheme
 from syncbn._keras import aggregates_assignments, in_symbolic_scope, without_autocast
-from syncbn.errors import UnsupportedFeatureError
+from syncbn.arguments import activation_function, checked_virtual_batch_size
+from syncbn.groups import Grouping
 from syncbn.moments import Moments
+from syncbn.moving import add_renorm_weights, move_statistics
+from syncbn.renorm import Clipping, corrections
+from syncbn.weighting import check_values, element_weights
 
 __all__ = ["SyncBatchNormalization"]
-
-_BASE_ARGUMENTS = inspect.signature(keras.layers.BatchNormalization.__init__).parameters
 
 
 @keras.saving.register_keras_serializable(package="syncbn")
@@ -87,7 +90,7 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
     def __init__(
         self,
         axis: int = -1,
-        momentum: float = 0.99,
+        momentum: float | None = 0.99,
         epsilon: float = 1e-3,
         center: bool = True,
         scale: bool = True,
@@ -100,8 +103,15 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
         beta_constraint: Any = None,
         gamma_constraint: Any = None,
         renorm: bool = False,
-        renorm_clipping: dict[str, float] | None = None,
+        renorm_clipping: Mapping[str, float] | None = None,
         renorm_momentum: float = 0.99,
+        *,
+        group_size: int | None = None,
+        group_assignment: Sequence[Sequence[int]] | None = None,
+        virtual_batch_size: int | None = None,
+        unbiased_moving_variance: bool = False,
+        activation: Any = None,
+        nan_check: bool = False,
         **kwargs: Any,
     ) -> None:
         if "synchronized" in kwargs:
@@ -110,16 +120,11 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
                 f"but `synchronized`. Received: synchronized={kwargs['synchronized']!r}. Remove "
                 "it: this layer always synchronizes."
             )
-        if renorm:
-            raise UnsupportedFeatureError(
-                "SyncBatchNormalization requires renorm=False: batch renormalization is not "
-                f"supported yet. Received: renorm={renorm!r}. Remove the argument, or use "
-                "keras.layers.BatchNormalization(renorm=True), which does not synchronize."
-            )
-        renorm_arguments = {"renorm_clipping": renorm_clipping, "renorm_momentum": renorm_momentum}
+        # Keras would round weights to the compute dtype as well; `call` casts the inputs alone.
+        casts_inputs = kwargs.pop("autocast", True)
         super().__init__(
             axis=axis,
-            momentum=momentum,
+            momentum=0.0 if momentum is None else momentum,
             epsilon=epsilon,
             center=center,
             scale=scale,
@@ -131,13 +136,49 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
             gamma_regularizer=gamma_regularizer,
             beta_constraint=beta_constraint,
             gamma_constraint=gamma_constraint,
-            # Keras knows them since 3.13 only; without renorm they are configuration alone.
-            **{name: value for name, value in renorm_arguments.items() if name in _BASE_ARGUMENTS},
+            autocast=False,
             **kwargs,
         )
         # For code that asks any batch normalization whether it synchronizes. Not by way of the base
         # class, whose constructor refuses it on other backends and serializes it.
         self.synchronized = True
+        self._casts_inputs = casts_inputs
+        if momentum is None:
+            self.momentum = None
+        # Nor these: Keras knows them since 3.13 only, and its errors name no values.
+        self._clipping = Clipping.of(renorm_clipping)
+        self.renorm = renorm
+        self.renorm_clipping = dict(renorm_clipping or {}) if renorm else renorm_clipping
+        self.renorm_momentum = renorm_momentum
+        self._grouping = Grouping.of(group_size, group_assignment)
+        self.group_size = self._grouping.size
+        self.group_assignment = group_assignment and [list(g) for g in group_assignment]
+        self.virtual_batch_size = checked_virtual_batch_size(
+            virtual_batch_size,
+            group_size=group_size,
+            group_assignment=group_assignment,
+            renorm=renorm or None,
+        )
+        self.unbiased_moving_variance = unbiased_moving_variance
+        self.activation = activation_function(activation)
+        self.nan_check = nan_check
+
+    def build(self, input_shape: Any) -> None:
+        """Make the weights: Keras's, in its order, then those of this layer's own arguments."""
+        super().build(input_shape)
+        # Keras before 3.13 knows nothing of renorm.
+        if self.renorm and not hasattr(self, "renorm_mean"):
+            add_renorm_weights(self)
+        if self.momentum is None:
+            # An integer: a float32 stops counting at 16.7 million.
+            self.num_batches_tracked = self.add_weight(
+                name="num_batches_tracked",
+                shape=(),
+                initializer="zeros",
+                dtype="int64",
+                trainable=False,
+                autocast=False,
+            )
 
     def add_weight(self, *args: Any, **kwargs: Any) -> Any:
         """The weight as Keras makes it, but written on each replica by itself.
@@ -149,59 +190,99 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
             kwargs.setdefault("aggregation", "none")
         return super().add_weight(*args, **kwargs)
 
-    def call(self, inputs: Any, training: bool | None = None, mask: Any | None = None) -> Any:
+    def call(
+        self,
+        inputs: Any,
+        training: bool | None = None,
+        mask: Any | None = None,
+        weights: Any | None = None,
+    ) -> Any:
         """Normalize by the global batch in training, by the moving statistics in inference.
 
         Args:
             inputs: tensor of the rank the layer was built with.
             training: True for the statistics of the batch, which also move the moving statistics;
                 has no effect when the layer is frozen by `trainable=False`.
-            mask: not supported in training yet; without effect in inference, as in Keras.
+            mask: True where an element counts; the shape of the inputs without their channels'
+                axis, sizes of 1 are broadcast. Keras hands on that of the layer before. What is
+                masked does not exist for statistics and gradients; its output is computed by the
+                statistics of the rest. Of no effect in inference, as in Keras.
+            weights: how much each element counts in the statistics, of the mask's shape, or one for
+                each example as Keras's `sample_weight`, or one for all. At least 0 and finite,
+                checked where the values are known, which they are not inside a `tf.function`. A
+                constant for the gradient. Weight 0 is a mask. Of no effect in inference.
 
         Returns:
             Tensor of the shape of the inputs, in the layer's compute dtype.
+
+        Raises:
+            InputError: a mask or weights that do not fit the inputs; negative, infinite or NaN
+                weights; groups that are no partition of the replicas.
+            NotSynchronizableError: in training, the replicas cannot meet here.
         """
+        mask = getattr(inputs, "_keras_mask", None) if mask is None else mask
+        inputs = self._as_input(inputs)
+        counts = element_weights(inputs, self.axis, mask, weights)
         # While Keras only asks for shapes there is no batch, and often no replica.
         if not (training and self.trainable) or in_symbolic_scope():
-            return super().call(inputs, training=False, mask=mask)
-        if mask is not None:
-            raise UnsupportedFeatureError(
-                f"Layer {self.name!r} requires inputs without a mask in training: masked "
-                f"statistics are not supported yet. Received: a mask of shape {mask.shape} for "
-                f"inputs of shape {inputs.shape}. Remove the mask before this layer, or use "
-                "keras.layers.BatchNormalization, which respects it and does not synchronize."
-            )
+            outputs = super().call(inputs, training=False)
+            return outputs if self.activation is None else self.activation(outputs)
         backend = _backends.get(keras.backend.backend())
-        inputs = ops.convert_to_tensor(inputs)
+        if weights is not None:
+            known = backend.known_value(counts)
+            if known is not None:
+                check_values(known, self.name)
         if not keras.backend.is_float_dtype(inputs.dtype):
             inputs = ops.cast(inputs, keras.backend.result_type(inputs.dtype, "float32"))
+        state = {
+            variable.name: variable.value
+            for variable in (*self.non_trainable_variables, *self.trainable_variables)
+            if variable.shape
+        }
+        scheme = Scheme(
+            self.epsilon,
+            self._grouping,
+            self.virtual_batch_size,
+            self.activation,
+            self.name if self.nan_check else None,
+        )
         with without_autocast():
-            outputs, moments = backend.normalize_by_global_batch(
-                inputs,
-                # Before Keras 3.5 the attribute is missing without the weight.
-                self.gamma if self.scale else None,
-                self.beta if self.center else None,
-                self.axis,
-                self.epsilon,
-                self.moving_mean.value,
+            outputs, union = backend.normalize(
+                Batch(inputs, self.axis, counts, state), scheme, self._affine
             )
-            self._move_statistics(moments)
+            move_statistics(self, union)
         return ops.cast(outputs, self.compute_dtype)
 
-    def _move_statistics(self, moments: Moments) -> None:
-        """`moving · momentum + batch · (1 − momentum)`; nothing moves by an empty global batch."""
-        share = ops.cast(moments.count > 0, moments.count.dtype) * (1.0 - self.momentum)
-        for moving, batch in (
-            (self.moving_mean, moments.mean),
-            (self.moving_variance, moments.variance(ops)),
-        ):
-            old = ops.cast(moving, batch.dtype)
-            moving.assign(old + (batch - old) * share)
+    def _as_input(self, inputs: Any) -> Any:
+        """The inputs as a tensor, in the compute dtype as Keras casts those of any layer."""
+        inputs = ops.convert_to_tensor(inputs)
+        if self._casts_inputs and keras.backend.is_float_dtype(inputs.dtype):
+            inputs = ops.cast(inputs, self.compute_dtype)
+        return inputs
+
+    def _affine(self, moments: Moments) -> tuple[Any | None, Any | None]:
+        """`(gamma, beta)` for a batch of these moments; with renorm corrected towards the past."""
+        # Before Keras 3.5 the attribute is missing without the weight.
+        gamma = self.gamma if self.scale else None
+        beta = self.beta if self.center else None
+        if not self.renorm:
+            return gamma, beta
+        dtype = moments.mean.dtype
+        mean, deviation = (ops.cast(w, dtype) for w in (self.renorm_mean, self.renorm_stddev))
+        limited = corrections(moments, mean, deviation, self.epsilon, self._clipping, ops)
+        r, d = map(ops.stop_gradient, limited)
+        if gamma is not None:
+            gamma = ops.cast(gamma, dtype)
+            r, d = r * gamma, d * gamma
+        return r, d if beta is None else d + ops.cast(beta, dtype)
 
     def get_config(self) -> dict[str, Any]:
         """The constructor's arguments, as Keras serializes them."""
         config: dict[str, Any] = super().get_config()
         config.pop("synchronized", None)
+        config |= {name: getattr(self, name) for name in _PLAIN_ARGUMENTS}
+        if self.activation is not None:
+            config["activation"] = keras.activations.serialize(self.activation)
         return config
 
     @classmethod
@@ -211,3 +292,17 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
             {name: value for name, value in config.items() if name != "synchronized"}
         )
         return layer
+
+
+_PLAIN_ARGUMENTS = (
+    "momentum",
+    "renorm",
+    "renorm_clipping",
+    "renorm_momentum",
+    "group_size",
+    "group_assignment",
+    "virtual_batch_size",
+    "unbiased_moving_variance",
+    "activation",
+    "nan_check",
+)

@@ -26,13 +26,18 @@ __all__ = ["Moments", "as_divisor", "merge_table", "pack_row", "pack_sums", "unp
 class Moments(NamedTuple):
     """Count, mean and sum of squared deviations of the elements of each channel."""
 
-    count: Any  # shape (): how many elements each channel has; may be 0
+    count: Any  # shape (): elements of each channel, or the sum of their weights; may be 0
     mean: Any  # shape (C,); 0 where count is 0
     m2: Any  # shape (C,): Σ (x − mean)²; 0 where count is 0
 
     def variance(self, xp: Any) -> Any:
         """Biased variance `M2 / n`, shape (C,), as Keras keeps it; 0 for an empty set."""
         return self.m2 / as_divisor(self.count, xp)
+
+    def unbiased_variance(self, xp: Any) -> Any:
+        """Bessel's `M2 / (n − 1)`, shape (C,), as torch keeps it; biased where n is 1 or less."""
+        spare = xp.where(self.count > 1, self.count - 1, self.count)
+        return self.m2 / as_divisor(spare, xp)
 
 
 def as_divisor(count: Any, xp: Any) -> Any:

@@ -1,11 +1,14 @@
 """The frameworks behind the layer: the only packages that import one.
 
-A backend is a module with one function,
+A backend is a module with two functions, whose arguments `interface.py` defines:
 
-    normalize_by_global_batch(inputs, gamma, beta, axis, epsilon, state) -> (outputs, Moments)
+    normalize(batch, scheme, affine) -> (outputs, Moments)
+        normalizes by the moments of the concatenated batch of all replicas, differentiably, and
+        returns those moments for the moving statistics;
+    known_value(tensor) -> ndarray | None
+        the numbers of a tensor, where they are known now.
 
-which normalizes by the moments of the concatenated batch of all replicas, differentiably, and
-returns those moments for the moving statistics. Backends never import each other.
+Backends never import each other.
 """
 
 from __future__ import annotations

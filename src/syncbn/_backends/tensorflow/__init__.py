@@ -1,5 +1,6 @@
 """TensorFlow: synchronization over the replicas of a `tf.distribute` strategy."""
 
-from syncbn._backends.tensorflow.normalize import normalize_by_global_batch
+from syncbn._backends.tensorflow.normalize import normalize
+from syncbn._backends.tensorflow.values import known_value
 
-__all__ = ["normalize_by_global_batch"]
+__all__ = ["known_value", "normalize"]

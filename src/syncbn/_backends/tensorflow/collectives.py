@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import tensorflow as tf
 
 from syncbn._backends.tensorflow.graphs import is_function_inside_a_loop
 from syncbn._backends.tensorflow.namespace import xp
 from syncbn.errors import NotSynchronizableError
+from syncbn.groups import Groups
 from syncbn.moments import Moments, merge_table, pack_row, pack_sums, unpack_sums
 
-__all__ = ["check_owner", "global_moments", "moments_dtype", "replica_count", "sum_over_replicas"]
+__all__ = [
+    "Exchanged",
+    "check_owner",
+    "exchange",
+    "moments_dtype",
+    "replica_count",
+    "sum_over_group",
+    "sum_over_replicas",
+]
 
 
 def replica_count() -> int:
@@ -121,21 +131,104 @@ def _refuse_collectives(graph: Any) -> None:
         )
 
 
-def global_moments(local: Moments) -> Moments:
-    """Moments of the concatenated batch of all replicas; one collective, none for one replica.
+class Exchanged(NamedTuple):
+    """What every replica knows after the forward collective."""
+
+    own: Moments  # of the group that this replica normalizes with
+    union: Moments  # of all replicas; the same bits on each
+    faults: Any | None  # shape (R,): the number that each replica gave
+
+
+def exchange(local: Moments, groups: Groups | None = None, fault: Any | None = None) -> Exchanged:
+    """Moments of the concatenated batch, by one collective; by none for one replica.
+
+    The payload of the forward collective: `(n, n·mean, M2 + n·mean²)`, 2C+1 float64, a row for each
+    group where there are several; in float32 a row of `(n, mean, M2)` for each replica. A sum over
+    all replicas is the only collective that every strategy has, so groups are rows of one table,
+    which also gives each replica what it needs for the moving statistics.
 
     Args:
         local: those of this replica's part, in `moments_dtype()`.
+        groups: lists of replicas, each of which normalizes by itself; None for one group of all.
+        fault: a number to tell the others, or None for nothing.
     """
     replicas = replica_count()
     if replicas == 1:
-        return local
-    if moments_dtype() == tf.float64:
-        return unpack_sums(sum_over_replicas(pack_sums(local, xp)), xp)
-    row = pack_row(local, xp)
-    replica = tf.distribute.get_replica_context().replica_id_in_sync_group
-    table = tf.one_hot(replica, replicas, dtype=row.dtype)[:, None] * row
-    return merge_table(sum_over_replicas(table), xp)
+        return Exchanged(local, local, None if fault is None else fault[None])
+    as_sums = moments_dtype() == tf.float64
+    row = pack_sums(local, xp) if as_sums else pack_row(local, xp)
+    if not as_sums:
+        table = _in_slot(row, _this_replica(), replicas)
+    elif groups is None:
+        table = row[None]
+    else:
+        table = _in_slot(row, _this_group(groups), len(groups))
+    numbers = [tf.reshape(table, (-1,))]
+    if fault is not None:
+        numbers.append(_in_slot(fault[None], _this_replica(), replicas)[:, 0])
+    total = sum_over_replicas(tf.concat(numbers, axis=0))
+    faults = None if fault is None else total[-replicas:]
+    table = tf.reshape(total if fault is None else total[:-replicas], table.shape)
+    own, union = (_of_sums if as_sums else _of_table)(table, groups)
+    return Exchanged(own, union, faults)
+
+
+def _of_sums(table: Any, groups: Groups | None) -> tuple[Moments, Moments]:
+    if groups is None:
+        union = unpack_sums(tf.reshape(table, (-1,)), xp)
+        return union, union
+    union = unpack_sums(tf.reduce_sum(table, axis=0), xp)
+    return unpack_sums(table[_this_group(groups)], xp), union
+
+
+def _of_table(table: Any, groups: Groups | None) -> tuple[Moments, Moments]:
+    union = merge_table(table, xp)
+    if groups is None:
+        return union, union
+    members = tf.gather(_group_of_each(groups), tf.range(table.shape[0])) == _this_group(groups)
+    return merge_table(tf.where(members[:, None], table, 0.0), xp), union
+
+
+def sum_over_group(vectors: Sequence[Any], groups: Groups | None = None) -> Sequence[Any]:
+    """The sum of each vector over this replica's group, by one collective; none where it is alone.
+
+    Args:
+        vectors: of one dtype and shape.
+        groups: who belongs together; None for all.
+    """
+    if replica_count() == 1 or (groups is not None and all(len(group) == 1 for group in groups)):
+        return vectors
+    packed = tf.concat(vectors, axis=0)
+    if groups is None:
+        total = sum_over_replicas(packed)
+    else:
+        table = _in_slot(packed, _this_group(groups), len(groups))
+        flat = sum_over_replicas(tf.reshape(table, (-1,)))
+        total = tf.reshape(flat, table.shape)[_this_group(groups)]
+    sums: Sequence[Any] = tf.split(total, len(vectors))
+    return sums
+
+
+def _this_replica() -> Any:
+    return tf.distribute.get_replica_context().replica_id_in_sync_group
+
+
+def _group_of_each(groups: Groups) -> Any:
+    """The number of the group of each replica, shape (R,)."""
+    group_of = {replica: number for number, group in enumerate(groups) for replica in group}
+    return tf.constant([group_of[replica] for replica in sorted(group_of)])
+
+
+def _this_group(groups: Groups) -> Any:
+    return _group_of_each(groups)[_this_replica()]
+
+
+def _in_slot(vector: Any, slot: Any, slots: int) -> Any:
+    """A table of shape (slots, …) of zeros with the vector in one row.
+
+    Not a product with a one-hot vector: a NaN would enter every row.
+    """
+    return tf.where(tf.range(slots)[:, None] == slot, vector, tf.zeros((), vector.dtype))
 
 
 def moments_dtype() -> Any:

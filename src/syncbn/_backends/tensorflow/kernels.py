@@ -6,6 +6,9 @@ float32 sum of a million elements has lost four digits, the mean of its parts ha
 Two kernels with the same three functions: `fused`, from TensorFlow's own fused batch normalization,
 and `composed`, which also serves float64 and can be differentiated any number of times. None of
 them looks beyond its replica.
+
+Weights, where there are any, are a view with one channel. An element of weight 0 does not exist:
+`where` leaves it out, since 0 · NaN is NaN.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ import tensorflow as tf
 from syncbn._backends.tensorflow.namespace import xp
 from syncbn.moments import Moments, as_divisor
 
-__all__ = ["CotangentSums", "Scaling", "composed", "kernel_for"]
+__all__ = ["CotangentSums", "Scaling", "composed", "kernel_for", "where_counted"]
 
 _AXES = (0, 1, 2)
 
@@ -97,17 +100,38 @@ def _sum(x: Any, dtype: Any) -> Any:
     return tf.reduce_sum(tf.cast(sums, dtype), axis=0)
 
 
-def _fused_moments(x: Any, dtype: Any) -> Moments:
+def where_counted(weights: Any | None, x: Any) -> Any:
+    """The view with 0 in place of what has no weight."""
+    return x if weights is None else tf.where(weights > 0, x, tf.zeros((), x.dtype))
+
+
+def _weighted_moments(x: Any, weights: Any, dtype: Any) -> Moments:
+    """Moments in `dtype` of weighted elements, by sums in the dtype of x."""
+    count = _sum(tf.cast(weights, dtype), dtype)[0]
+    weights = tf.cast(weights, x.dtype)
+    mean = _sum(weights * where_counted(weights, x), dtype) / as_divisor(count, xp)
+    return Moments(count, *_about(mean, x, weights, count))
+
+
+def _about(mean: Any, x: Any, weights: Any | None, count: Any) -> tuple[Any, Any]:
+    """Mean and sum of squared deviations in the dtype of a mean that is nearly right."""
+    rough = tf.cast(mean, x.dtype)
+    deviations = where_counted(weights, x - rough)
+    weighted = deviations if weights is None else weights * deviations
+    rest = _sum(weighted, mean.dtype) / as_divisor(count, xp)
+    m2 = _sum(weighted * deviations, mean.dtype) - count * rest * rest
+    return tf.cast(rough, mean.dtype) + rest, tf.maximum(m2, 0)
+
+
+def _fused_moments(x: Any, weights: Any | None, dtype: Any) -> Moments:
     """Moments in `dtype`, by float32."""
+    if weights is not None:
+        return _weighted_moments(tf.cast(x, tf.float32), weights, dtype)
     count = _count(x, dtype)
     mean, m2 = _moments_by_fold(x, count, dtype)
 
     def refined() -> tuple[Any, Any]:
-        rough = tf.cast(mean, tf.float32)
-        deviations = tf.cast(x, tf.float32) - rough
-        rest = _sum(deviations, dtype) / as_divisor(count, xp)
-        m2 = _sum(tf.square(deviations), dtype) - count * rest * rest
-        return tf.cast(rough, dtype) + rest, tf.maximum(m2, 0)
+        return _about(mean, tf.cast(x, tf.float32), None, count)
 
     # The kernel's mean is a float32 sum, a few roundings off. Between replicas of different means
     # that enters the variance at first order, and where the mean is large it is no longer small.
@@ -191,9 +215,11 @@ def _about_the_mean(outputs: Any, normalized: Any, scaling: Scaling) -> Cotangen
     return CotangentSums(outputs, normalized - rest * outputs)
 
 
-def _composed_moments(x: Any, dtype: Any) -> Moments:
+def _composed_moments(x: Any, weights: Any | None, dtype: Any) -> Moments:
     """Moments in two passes: first the mean, then the deviations from it."""
     x = tf.cast(x, dtype)
+    if weights is not None:
+        return _weighted_moments(x, weights, dtype)
     count = _count(x, dtype)
     mean = tf.reduce_sum(x, axis=_AXES) / as_divisor(count, xp)
     return Moments(count, mean, tf.reduce_sum(tf.math.squared_difference(x, mean), axis=_AXES))

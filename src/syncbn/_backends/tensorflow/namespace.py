@@ -1,4 +1,4 @@
-"""TensorFlow under the names that `syncbn.moments` calls, and nothing between the two.
+"""TensorFlow under the names that syncbn's pure maths calls, and nothing between the two.
 
 Not `keras.ops`: it adds its own casts to every call, and legacy Keras could not share it.
 """
@@ -14,6 +14,8 @@ __all__ = ["xp"]
 xp = SimpleNamespace(
     concatenate=lambda tensors: tf.concat(tensors, axis=0),
     maximum=tf.maximum,
+    minimum=tf.minimum,
+    sqrt=tf.sqrt,
     sum=tf.reduce_sum,
     where=tf.where,
     zeros_like=tf.zeros_like,

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from syncbn._backends.tensorflow import collectives, kernels
+from syncbn._backends.interface import Activation, Batch, Scheme
+from syncbn._backends.tensorflow import collectives, health, kernels, virtual
 from syncbn._backends.tensorflow.kernels import CotangentSums, Scaling
 from syncbn._backends.tensorflow.namespace import xp
 from syncbn._backends.tensorflow.views import View
+from syncbn.errors import InputError
+from syncbn.groups import Groups
 from syncbn.moments import Moments, as_divisor
 
-__all__ = ["normalize_by_global_batch"]
+__all__ = ["normalize"]
 
 _NOT_DERIVABLE = (
     "Synchronized batch normalization requires reverse-mode differentiation (tf.GradientTape). "
@@ -23,76 +26,153 @@ _NOT_DERIVABLE = (
 )
 
 
-def normalize_by_global_batch(
-    inputs: Any, gamma: Any | None, beta: Any | None, axis: int, epsilon: float, state: Any
+_WEIGHTS_NOT_DERIVABLE = (
+    "Weights of a synchronized batch normalization are constants: there is no gradient of them. "
+    "Received: weights that depend on what is differentiated by. Give tf.stop_gradient(weights)."
+)
+
+
+def normalize(
+    batch: Batch, scheme: Scheme, affine: Callable[[Moments], tuple[Any | None, Any | None]]
 ) -> tuple[Any, Moments]:
     """Normalize by the moments of the concatenated batch of all replicas.
 
     `y = (x − mean) · gamma / √(variance + epsilon) + beta`, and for a cotangent dy of y
 
-        dx = gamma / √(variance + epsilon) · (dy − Σ dy / n − x̂ · Σ dy·x̂ / n)
+        dx = gamma / √(variance + epsilon) · (dy − w · Σ dy / n − w · x̂ · Σ dy·x̂ / n)
 
-    where mean, the biased variance, n and both sums are over all replicas. The gradients of gamma
-    and beta are those of this replica's part (`Σ dy·x̂` and `Σ dy` over it): training adds them up
-    over the replicas, as it does those of every other weight.
+    where mean, the biased variance, n and both sums are over all replicas of the group, w is the
+    weight of the element and n the sum of the weights; an element of weight 0 does not exist: its
+    dx is 0, its dy in no sum. The gradients of gamma and beta are those of this replica's part
+    (`Σ dy·x̂` and `Σ dy` over it): training adds them up over the replicas, as it does those of
+    every other weight.
 
     One collective forward and one backward; none for one replica. The gradient keeps
-    the input and vectors of the size of the channels.
+    the input, the weights, and vectors of the size of the channels.
 
     Args:
-        inputs: float64, float32, bfloat16 or float16, any rank, any size but the channels may be
-            unknown, and 0.
-        gamma: shape (C,), or None for ones.
-        beta: shape (C,), or None for zeros.
-        axis: that of the channels.
-        epsilon: added to the variance.
-        state: a variable of the layer, shape (C,), made under the strategy it trains under.
+        batch: this replica's part. Inputs in float64, float32, bfloat16 or float16, any rank, any
+            size but the channels may be unknown, and 0.
+        scheme: how to normalize.
+        affine: gives gamma and beta, each of shape (C,), or None for ones and zeros, for the
+            moments that normalize.
 
     Returns:
-        The outputs, in the dtype of the inputs, and the global moments: float64, or float32 on TPU.
+        The outputs, in the dtype of the inputs, and the moments of the union of all replicas:
+        float64, or float32 on TPU.
 
     Raises:
         NotSynchronizableError: the replicas cannot meet here.
+        InputError: the groups are no partition of the replicas.
         LookupError: from TensorFlow, by forward-mode differentiation.
+        InvalidArgumentError: from TensorFlow, where NaN or infinity was looked for and found.
 
     References:
         Ioffe, Szegedy, "Batch Normalization", arXiv:1502.03167, 2015 (the gradient: section 3).
     """
+    state = next(iter(batch.state.values()))
     collectives.check_owner(state)
+    groups = scheme.grouping.over(collectives.replica_count())
+    if batch.weights is not None:
+        constant = tf.raw_ops.PreventGradient(input=batch.weights, message=_WEIGHTS_NOT_DERIVABLE)
+        batch = batch._replace(weights=constant)
+    if scheme.virtual_batch_size is not None:
+        return virtual.normalize(batch, scheme, affine)
     (channels,) = state.shape
-    dtype = _statistics_dtype(inputs.dtype)
-    view = View.of(inputs, axis, channels)
+    view = View.of(batch.inputs, batch.axis, channels)
     # The gradient below is that of the statistics too. Whoever would take one here, past it, must
     # not find a constant: forward-mode differentiation and tf.vectorized_map look inside.
-    constant = view.of_tensor(tf.raw_ops.PreventGradient(input=inputs, message=_NOT_DERIVABLE))
-    local = kernels.kernel_for(inputs.dtype).moments(constant, collectives.moments_dtype())
-    moments = collectives.global_moments(local)
+    constant = view.of_tensor(
+        tf.raw_ops.PreventGradient(input=batch.inputs, message=_NOT_DERIVABLE)
+    )
+    weights = None if batch.weights is None else view.of_weights(batch.weights)
+    kernel = kernels.kernel_for(batch.inputs.dtype)
+    local = kernel.moments(constant, weights, collectives.moments_dtype())
+    moments, union = health.exchange(local, groups, batch.state, scheme.checked_layer)
+    dtype = _statistics_dtype(batch.inputs.dtype)
+    gamma, beta = affine(moments)
     gamma = tf.ones(channels, dtype) if gamma is None else tf.cast(gamma, dtype)
     beta = tf.zeros(channels, dtype) if beta is None else tf.cast(beta, dtype)
-    return _normalize(inputs, gamma, beta, moments, epsilon, view), moments
+    part = _Part(view, moments, scheme.epsilon, groups)
+    if scheme.activation is None:
+        return _normalized(part, batch.inputs, gamma, beta, weights), union
+    return _activated(part, scheme.activation, batch.inputs, gamma, beta, weights), union
 
 
-def _normalize(
-    inputs: Any, gamma: Any, beta: Any, moments: Moments, epsilon: float, view: View
-) -> Any:
+class _Part(NamedTuple):
+    """What forward and backward of one call have in common."""
+
+    view: View
+    moments: Moments  # of the group
+    epsilon: float
+    groups: Groups | None
+
+
+def _normalized(part: _Part, inputs: Any, gamma: Any, beta: Any, weights: Any | None) -> Any:
     """The outputs, with a gradient that knows that the moments are those of the inputs."""
 
+    # The weights are an argument so that TensorFlow goes to see whether they can be derived.
     @tf.custom_gradient
-    def normalize(x: Any, gamma: Any, beta: Any) -> tuple[Any, Callable[..., tuple[Any, ...]]]:
-        scaling = Scaling.of(moments, gamma, beta, epsilon)
+    def normalize(x: Any, gamma: Any, beta: Any, *weights: Any) -> tuple[Any, Any]:
+        scaling = Scaling.of(part.moments, gamma, beta, part.epsilon)
+        view = part.view
 
-        def gradient(dy: Any) -> tuple[Any, Any, Any]:
+        def gradient(dy: Any) -> tuple[Any, ...]:
             dy = tf.convert_to_tensor(dy)  # of tf.gather it is IndexedSlices
-            dx, sums = _gradient(view.of_tensor(dy), view.of_tensor(x), scaling, moments)
-            return view.to_tensor(dx), sums.normalized, sums.outputs
+            dx, sums = _gradient(part, view.of_tensor(dy), view.of_tensor(x), scaling, *weights)
+            of_weights = [tf.zeros_like(constant) for constant in weights]
+            return view.to_tensor(dx), sums.normalized, sums.outputs, *of_weights
 
         outputs = kernels.kernel_for(x.dtype).apply(view.of_tensor(x), scaling)
         return view.to_tensor(outputs), gradient
 
-    return normalize(inputs, gamma, beta)
+    return normalize(inputs, gamma, beta, *(() if weights is None else (weights,)))
 
 
-def _gradient(dy: Any, x: Any, scaling: Scaling, moments: Moments) -> tuple[Any, CotangentSums]:
+def _activated(
+    part: _Part,
+    activation: Activation,
+    inputs: Any,
+    gamma: Any,
+    beta: Any,
+    weights: Any | None,
+) -> Any:
+    """The activation of the outputs, which the backward computes again rather than keep."""
+
+    @tf.custom_gradient
+    def activate(*arguments: Any) -> tuple[Any, Any]:
+        def forward(x: Any, gamma: Any, beta: Any, *weights: Any) -> Any:
+            return activation(_normalized(part, x, gamma, beta, *weights or (None,)))
+
+        def gradient(dy: Any) -> tuple[Any, ...]:
+            # Later than dy, or the forward's outputs would be found to be the same, and kept.
+            with tf.control_dependencies([dy]):
+                again = [tf.identity(argument) for argument in arguments]
+            with tf.GradientTape() as tape:
+                tape.watch(again)
+                outputs = forward(*again)
+            gradients = tape.gradient(
+                outputs,
+                again,
+                output_gradients=tf.convert_to_tensor(dy),
+                unconnected_gradients=tf.UnconnectedGradients.ZERO,
+            )
+            return tuple(gradients)
+
+        return forward(*arguments), gradient
+
+    outputs = activate(inputs, gamma, beta, *(() if weights is None else (weights,)))
+    if not outputs.shape.is_compatible_with(inputs.shape):
+        raise InputError(
+            "activation requires a function that keeps the shape of its argument. Received: "
+            f"{outputs.shape} for {inputs.shape}. Apply it as a layer of its own."
+        )
+    return outputs
+
+
+def _gradient(
+    part: _Part, dy: Any, x: Any, scaling: Scaling, weights: Any | None = None
+) -> tuple[Any, CotangentSums]:
     """The gradient for one replica, by the fast kernels, itself differentiable."""
 
     @tf.custom_gradient
@@ -102,11 +182,11 @@ def _gradient(dy: Any, x: Any, scaling: Scaling, moments: Moments) -> tuple[Any,
             # that TensorFlow can derive. Two more collectives, paid by gradients of gradients only.
             with tf.GradientTape() as tape:
                 tape.watch((dy, x, gamma))
-                again = collectives.global_moments(
-                    kernels.composed.moments(x, collectives.moments_dtype())
-                )
+                local = kernels.composed.moments(x, weights, collectives.moments_dtype())
+                again = collectives.exchange(local, part.groups).own
                 derivable = Scaling.of(again, gamma, scaling.beta, scaling.epsilon)
-                results = _gradient_by(kernels.composed, dy, x, derivable, again.count)
+                derived = part._replace(moments=again)
+                results = _gradient_by(kernels.composed, derived, dy, x, derivable, weights)
             return tape.gradient(
                 results,
                 (dy, x, gamma),
@@ -115,7 +195,7 @@ def _gradient(dy: Any, x: Any, scaling: Scaling, moments: Moments) -> tuple[Any,
             )
 
         kernel = kernels.kernel_for(gamma.dtype)
-        return _gradient_by(kernel, dy, x, scaling, moments.count), second_order
+        return _gradient_by(kernel, part, dy, x, scaling, weights), second_order
 
     # What does not depend on dy would else run, and fill memory, as early as in the forward pass.
     with tf.control_dependencies([dy]):
@@ -125,28 +205,24 @@ def _gradient(dy: Any, x: Any, scaling: Scaling, moments: Moments) -> tuple[Any,
 
 
 def _gradient_by(
-    kernel: SimpleNamespace, dy: Any, x: Any, scaling: Scaling, count: Any
+    kernel: SimpleNamespace, part: _Part, dy: Any, x: Any, scaling: Scaling, weights: Any | None
 ) -> tuple[Any, Any, Any]:
     """dx, and this replica's sums for beta and gamma."""
     # In half precision the three terms of dx would each be rounded, and their small sum lost.
     dtype = scaling.gamma.dtype
-    wide_dy, wide_x = tf.cast(dy, dtype), tf.cast(x, dtype)
+    wide_dy = kernels.where_counted(weights, tf.cast(dy, dtype))
+    wide_x = kernels.where_counted(weights, tf.cast(x, dtype))
     scaled, sums = kernel.backward(wide_dy, wide_x, scaling)
-    total = _sum_over_replicas(sums)
-    divisor = tf.cast(as_divisor(count, xp), dtype)
+    total = CotangentSums(*collectives.sum_over_group(sums, part.groups))
+    divisor = tf.cast(as_divisor(part.moments.count, xp), dtype)
     factor = scaling.gamma * scaling.inverse_deviation() / divisor
     # −gamma/√(…)·(x̂·Σ dy·x̂ + Σ dy)/n has the form of a normalization of x: one more fused pass.
     correction = kernel.apply(
         wide_x, scaling._replace(gamma=-factor * total.normalized, beta=-factor * total.outputs)
     )
+    if weights is not None:
+        correction *= tf.cast(weights, dtype)
     return tf.cast(scaled + correction, x.dtype), sums.outputs, sums.normalized
-
-
-def _sum_over_replicas(sums: CotangentSums) -> CotangentSums:
-    if collectives.replica_count() == 1:
-        return sums
-    packed = collectives.sum_over_replicas(tf.stack(sums))
-    return CotangentSums(packed[0], packed[1])
 
 
 def _statistics_dtype(dtype: Any) -> Any:

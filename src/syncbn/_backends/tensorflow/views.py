@@ -20,10 +20,11 @@ _FREE_SUMS = 448
 
 
 class View(NamedTuple):
-    """A pair of functions, from the shape of the inputs to (rows, 1, fold, channels) and back."""
+    """Functions from the shape of the inputs to (rows, 1, fold, channels) and back."""
 
     of_tensor: Callable[[Any], Any]
     to_tensor: Callable[[Any], Any]
+    of_weights: Callable[[Any], Any]  # from what fits all axes but the channels', to one channel
 
     @classmethod
     def of(cls, inputs: Any, axis: int, channels: int) -> View:
@@ -39,14 +40,21 @@ class View(NamedTuple):
         from_last = [*range(axis), rank - 1, *range(axis, rank - 1)]
         last_shape = [shape[position] for position in to_last]
         view_shape = (-1, 1, _fold(last_shape[1:-1], channels), channels)
+
+        def of_weights(weights: Any) -> Any:
+            elements = tf.broadcast_to(weights, last_shape[:-1])
+            return tf.reshape(elements, (*view_shape[:-1], 1))
+
         if axis == rank - 1:
             return cls(
                 lambda tensor: tf.reshape(tensor, view_shape),
                 lambda view: tf.reshape(view, shape),
+                of_weights,
             )
         return cls(
             lambda tensor: tf.reshape(tf.transpose(tensor, to_last), view_shape),
             lambda view: tf.transpose(tf.reshape(view, last_shape), from_last),
+            of_weights,
         )
 
 

@@ -1,0 +1,33 @@
+"""What the layer hands to a backend, whatever the framework."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from syncbn.groups import Grouping
+
+__all__ = ["Activation", "Batch", "Scheme"]
+
+Activation = Callable[[Any], Any]
+
+
+class Batch(NamedTuple):
+    """This replica's part of the global batch, and the layer's variables."""
+
+    inputs: Any  # any rank; floating point
+    axis: int  # that of the channels
+    # The inputs' rank less one: every axis but the channels', each of its size or 1. Of a floating
+    # point dtype, not negative; None where every element counts 1.
+    weights: Any | None
+    state: Mapping[str, Any]  # the layer's variables, each of shape (C,), by name
+
+
+class Scheme(NamedTuple):
+    """How to normalize: the same on every replica."""
+
+    epsilon: float  # added to the variance
+    grouping: Grouping = Grouping()
+    virtual_batch_size: int | None = None  # examples of a replica that normalize by themselves
+    activation: Activation | None = None  # applied to the outputs; keeps their shape
+    checked_layer: str | None = None  # its name, where NaN is to be looked for

@@ -1,0 +1,99 @@
+"""Batch renormalization: what brings a batch's normalization to that of the moving statistics.
+
+    y = (x̂ · r + d) · gamma + beta,   r = σ_batch / σ,   d = (mean_batch − mean) / σ
+
+where r and d are clipped and constants for the gradient, and mean and σ are moving statistics of
+their own, faster ones than those of inference.
+
+References:
+    Ioffe, "Batch Renormalization: Towards Reducing Minibatch Dependence in Batch-Normalized
+    Models", arXiv:1702.03275, 2017.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from syncbn.errors import InputError
+from syncbn.moments import Moments
+
+__all__ = ["Clipping", "corrections"]
+
+
+class Clipping(NamedTuple):
+    """`r` is clipped to [rmin, rmax] and `d` to [−dmax, dmax]; None leaves a side open."""
+
+    rmax: float | None = None
+    rmin: float | None = None
+    dmax: float | None = None
+
+    @classmethod
+    def of(cls, clipping: Mapping[str, float] | None) -> Clipping:
+        """From the layer's argument `renorm_clipping`.
+
+        Raises:
+            InputError: an unknown key, something that is no number, an empty range.
+        """
+        given = dict(clipping or {})
+        unknown = sorted(set(given) - set(cls._fields))
+        if unknown:
+            raise InputError(
+                f"renorm_clipping requires keys of {sorted(cls._fields)}. Received: {unknown} in "
+                f"renorm_clipping={given!r}. Remove or rename them."
+            )
+        limits = cls(**given)
+        wrong = {name: limit for name, limit in given.items() if not _is_limit(limit)}
+        if wrong:
+            raise InputError(
+                f"renorm_clipping requires numbers or None. Received: {wrong!r}. Leave a key out "
+                "for no limit."
+            )
+        if limits.rmin is not None and limits.rmax is not None and limits.rmax < limits.rmin:
+            raise InputError(
+                "renorm_clipping requires rmin <= rmax. Received: "
+                f"rmin={limits.rmin}, rmax={limits.rmax}. Exchange them."
+            )
+        for name in ("rmax", "dmax"):
+            limit = getattr(limits, name)
+            if limit is not None and limit < 0:
+                raise InputError(
+                    f"renorm_clipping requires {name} >= 0. Received: {name}={limit}. "
+                    "r is a ratio of deviations, and d is clipped to [-dmax, dmax]."
+                )
+        return limits
+
+
+def _is_limit(value: Any) -> bool:
+    if value is None:
+        return True
+    try:
+        return not math.isnan(float(value))
+    except (TypeError, ValueError):
+        return False
+
+
+def corrections(
+    moments: Moments, mean: Any, deviation: Any, epsilon: float, clipping: Clipping, xp: Any
+) -> tuple[Any, Any]:
+    """`(r, d)`, each of shape (C,), for a batch of these moments.
+
+    Args:
+        moments: of the batch.
+        mean: renormalization's moving mean, shape (C,).
+        deviation: its moving standard deviation, shape (C,); √epsilon at least is taken.
+        epsilon: added to the variance.
+        clipping: limits of the two.
+        xp: an array namespace with `maximum`, `minimum` and `sqrt`.
+    """
+    deviation = xp.maximum(deviation, math.sqrt(epsilon))
+    r = xp.sqrt(moments.variance(xp) + epsilon) / deviation
+    d = (moments.mean - mean) / deviation
+    if clipping.rmin is not None:
+        r = xp.maximum(r, clipping.rmin)
+    if clipping.rmax is not None:
+        r = xp.minimum(r, clipping.rmax)
+    if clipping.dmax is not None:
+        d = xp.minimum(xp.maximum(d, -clipping.dmax), clipping.dmax)
+    return r, d
