@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import keras
@@ -31,12 +33,61 @@ class Case(NamedTuple):
     gamma: np.ndarray
     beta: np.ndarray
     epsilon: float = 1e-3
-    momentum: float = 0.9
+    momentum: float | None = 0.9
+    masks: list[np.ndarray] | None = None  # as the layer gets them, one a replica
+    weights: list[np.ndarray] | None = None  # as the layer gets them, one a replica
+    options: Mapping[str, Any] = MappingProxyType({})  # further arguments of the layer
 
     def expected(self) -> oracle.Expected:
         return oracle.batch_normalization(
-            self.parts, self.cotangents, self.axis, self.gamma, self.beta, self.epsilon
+            self.parts,
+            self.cotangents,
+            self.axis,
+            self.gamma,
+            self.beta,
+            self.epsilon,
+            weights=self.element_weights(),
+            labels=self.labels(),
+            renorm=self.renorm(),
+            activation=self.options.get("activation"),
         )
+
+    def element_weights(self) -> list[np.ndarray] | None:
+        """What each element counts, by the mask and the weights together."""
+        if self.masks is None and self.weights is None:
+            return None
+        result = []
+        for replica, part in enumerate(self.parts):
+            shape = np.delete(part.shape, self.axis)
+            total = np.ones(shape)
+            if self.weights is not None:
+                weight = np.asarray(self.weights[replica], np.float64)
+                # A number for each example, as Keras's sample_weight.
+                if weight.ndim == 1:
+                    weight = weight.reshape(-1, *(1,) * (len(shape) - 1))
+                total = total * weight
+            if self.masks is not None:
+                total = np.where(self.masks[replica], total, 0.0)
+            result.append(total)
+        return result
+
+    def labels(self) -> list[np.ndarray]:
+        """The group of each example, by what the layer was asked for."""
+        replicas = range(len(self.parts))
+        groups = self.options.get("group_assignment")
+        if size := self.options.get("group_size"):
+            groups = [[r for r in replicas if r // size == g] for g in replicas]
+        if size := self.options.get("virtual_batch_size"):
+            return [1000 * r + np.arange(len(self.parts[r])) // size for r in replicas]
+        group_of = {r: g for g, members in enumerate(groups or [replicas]) for r in members}
+        return [np.full(len(self.parts[r]), group_of[r]) for r in replicas]
+
+    def renorm(self) -> oracle.Renorm | None:
+        """Renormalization's state in a new layer."""
+        if not self.options.get("renorm"):
+            return None
+        zeros = np.zeros(len(self.gamma))
+        return oracle.Renorm(zeros, zeros + 1, **self.options.get("renorm_clipping") or {})
 
 
 def make_case(
@@ -88,7 +139,7 @@ def make_layer(case: Case, strategy: Any, dtype: str = "float32", **arguments: A
             momentum=case.momentum,
             gamma_initializer=keras.initializers.Constant(1.0),
             dtype=dtype,
-            **arguments,
+            **(dict(case.options) | arguments),
         )
         shape: list[int | None] = [None] * case.parts[0].ndim
         shape[case.axis] = len(case.gamma)
@@ -103,13 +154,13 @@ def make_layer(case: Case, strategy: Any, dtype: str = "float32", **arguments: A
 def make_step(layer: Any, training: bool = True) -> Any:
     """A function for strategy.run: outputs, and the gradients of x, gamma and beta by dy."""
 
-    def step(x: Any, dy: Any) -> Any:
+    def step(x: Any, dy: Any, **call_arguments: Any) -> Any:
         # Before Keras 3.5 the attribute is missing without the weight.
         weights = [getattr(layer, name, None) for name in ("gamma", "beta")]
         weights = [w.value for w in weights if w is not None]
         with tf.GradientTape() as tape:
             tape.watch(x)
-            y = layer(x, training=training)
+            y = layer(x, training=training, **call_arguments)
         dx, *of_weights = tape.gradient(y, [x, *weights], output_gradients=tf.cast(dy, y.dtype))
         return y, dx, of_weights
 
@@ -136,16 +187,20 @@ def observe(
     strategy = strategy_for(len(case.parts))
     layer = make_layer(case, strategy, dtype or case.parts[0].dtype.name, **arguments)
     step = make_step(layer)
-    parts, cotangents = per_replica(strategy, case.parts), per_replica(strategy, case.cotangents)
+    values = {"x": case.parts, "dy": case.cotangents, "mask": case.masks, "weights": case.weights}
+    values = {name: per_replica(strategy, v) for name, v in values.items() if v is not None}
 
-    def run(x: Any, dy: Any) -> Any:
-        return strategy.run(step, args=(x, dy))
+    def run(**values: Any) -> Any:
+        return strategy.run(step, kwargs=values)
 
     if mode == "graph":
         run = tf.function(run, autograph=False)
         if unknown_sizes and len(case.parts) > 1:
-            run = run.get_concrete_function(*(any_size(v, case.axis) for v in (parts, cotangents)))
-    y, dx, of_weights = run(parts, cotangents)
+            axis = case.axis % case.parts[0].ndim
+            run = run.get_concrete_function(
+                **{n: any_size(v, axis if n in ("x", "dy") else None) for n, v in values.items()}
+            )
+    y, dx, of_weights = run(**values)
     gradients = [local_results(strategy, gradient) for gradient in of_weights]
     if not layer.center:
         gradients.append([np.zeros(len(case.gamma))])
@@ -160,13 +215,14 @@ def observe(
     )
 
 
-def any_size(value: Any, axis: int) -> Any:
-    """The spec of a per-replica value with only its rank and its channels known."""
+def any_size(value: Any, axis: int | None) -> Any:
+    """The spec of a per-replica value with only its rank and its channels' axis known."""
     from tensorflow.python.distribute.values import PerReplicaSpec
 
     def spec(tensor: Any) -> Any:
         shape: list[int | None] = [None] * tensor.shape.rank
-        shape[axis] = tensor.shape[axis]
+        if axis is not None:
+            shape[axis] = tensor.shape[axis]
         return tf.TensorSpec(shape, tensor.dtype)
 
     return PerReplicaSpec(*(spec(tensor) for tensor in value.values))
@@ -210,12 +266,20 @@ def assert_equals_one_device(case: Case, observed: Observed, tolerance: float) -
 def assert_statistics(case: Case, observed: Observed, tolerance: float) -> None:
     """Moving statistics moved as one device moves them, bitwise the same on every replica."""
     expected = case.expected()
-    any_element = any(part.size for part in case.parts)
-    momentum = case.momentum if any_element else 1.0
-    for name, moving, batch, start in (
-        ("moving mean", observed.moving_means, expected.mean, 0.0),
-        ("moving variance", observed.moving_variances, expected.variance, 1.0),
+    mean, variance = expected.mean, expected.variance
+    if case.options.get("unbiased_moving_variance") and expected.count > 1:
+        variance = variance * expected.count / (expected.count - 1)
+    # The first batch is the average of all batches so far.
+    momentum = 0.0 if case.momentum is None else case.momentum
+    momentum = momentum if expected.count else 1.0
+    moved_variance = oracle.moved(np.ones_like(variance), variance, momentum)
+    if case.options.get("renorm") and expected.count:
+        deviation = oracle.moved(np.ones_like(variance), np.sqrt(variance + case.epsilon), momentum)
+        moved_variance = np.maximum(deviation**2 - case.epsilon, 0)
+    moved_mean = oracle.moved(np.zeros_like(mean), mean, momentum)
+    for name, moving, step in (
+        ("moving mean", observed.moving_means, moved_mean),
+        ("moving variance", observed.moving_variances, moved_variance),
     ):
         assert len({array.tobytes() for array in moving}) == 1, f"{name} differs between replicas"
-        step = oracle.moved(np.full_like(batch, start), batch, momentum)
         assert_close(name, moving[0], step, tolerance)

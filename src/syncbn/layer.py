@@ -237,7 +237,7 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
         state = {
             variable.name: variable.value
             for variable in (*self.non_trainable_variables, *self.trainable_variables)
-            if variable.shape
+            if len(variable.shape) == 1
         }
         scheme = Scheme(
             self.epsilon,
