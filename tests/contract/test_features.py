@@ -1,4 +1,4 @@
-"""Every feature on 1 to 4 replicas, uneven and empty parts, eager and graph: what one device gives."""
+"""Every feature on 1 to 4 replicas, uneven and empty parts, eager and graph, is one device's."""
 
 import numpy as np
 import pytest

@@ -1,0 +1,132 @@
+"""`activation=`: applied inside, computed again by the backward rather than kept."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from tests.harness import (
+    assert_close,
+    assert_equals_one_device,
+    make_case,
+    make_layer,
+    make_step,
+    observe,
+    strategy_for,
+)
+from tests.oracle import ACTIVATIONS
+
+import syncbn
+from tests.contract.test_collectives import traced
+from tests.contract.test_gradients import central_differences, kept_for_the_backward
+
+NAMES = [name for name in ACTIVATIONS if name not in (None, "linear")]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("name", NAMES)
+def test_an_activation_inside_gives_what_one_device_gives(name, dtype):
+    case = make_case([(33, 6, 5), (32, 6, 5)], dtype=dtype)._replace(options={"activation": name})
+    assert_equals_one_device(case, observe(case), {"float32": 2e-6, "float64": 1e-11}[dtype])
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_an_activation_in_half_precision(dtype):
+    case = make_case([(33, 6, 5), (32, 6, 5)], dtype=dtype)
+    case = case._replace(options={"activation": "relu"})
+    tolerance = {"float16": 2e-3, "bfloat16": 1.6e-2}[dtype]
+    # At zero a rounding decides whether a cotangent passes, here and on one device.
+    observed = observe(case, dtype=f"mixed_{dtype}")
+    assert_close("outputs", observed.outputs[0], case.expected().outputs[0], tolerance)
+    kept = np.abs(case._replace(options={}).expected().outputs[0]) > tolerance * 4
+    own, its = observed.input_gradients[0], case.expected().input_gradients[0]
+    assert_close("input gradients", own[kept], its[kept], tolerance * 4)
+
+
+@pytest.mark.parametrize("shape", [(8, 6, 6, 5), (8, 5), (4, 6, 5)])
+@pytest.mark.parametrize("name", ["relu", "leaky_relu", "elu", "linear", "silu", "gelu"])
+def test_nothing_of_the_input_s_size_is_kept_but_the_input(name, shape):
+    case = make_case([shape])._replace(options={"activation": name})
+    layer = make_layer(case, strategy_for(1))
+    x, dy = tf.constant(case.parts[0]), tf.constant(case.cotangents[0])
+    assert kept_for_the_backward(make_step(layer), x, dy) <= {"Placeholder", "Reshape"}
+
+
+def test_an_activation_as_a_layer_of_its_own_keeps_its_argument_or_result():
+    """The control of the test above, and what the argument is good for."""
+    layer = syncbn.SyncBatchNormalization()
+
+    def step(x, dy):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = keras.activations.silu(layer(x, training=True))
+        return tape.gradient(y, x, output_gradients=dy)
+
+    layer.build((None, 5))
+    kept = kept_for_the_backward(step, tf.ones((8, 5)), tf.ones((8, 5)))
+    assert kept - {"Placeholder", "Reshape"}
+
+
+def test_still_one_collective_each_way():
+    case = make_case([(5, 7), (6, 7)])._replace(options={"activation": "relu"})
+    layer = make_layer(case, strategy_for(2))
+    assert len(traced(2, make_step(layer), case)) == 2 * 2
+
+
+def test_in_inference_too():
+    case = make_case([(9, 4)])._replace(options={"activation": "relu"})
+    layer = make_layer(case, strategy_for(1))
+    plain = make_layer(case._replace(options={}), strategy_for(1))
+    expected = tf.nn.relu(plain(case.parts[0], training=False))
+    np.testing.assert_array_equal(layer(case.parts[0], training=False), expected)
+    layer.trainable = False
+    np.testing.assert_array_equal(layer(case.parts[0], training=True), expected)
+
+
+def test_softmax_which_is_not_elementwise():
+    case = make_case([(9, 4)])
+    layer = make_layer(case, strategy_for(1), activation="softmax")
+    x, dy = tf.constant(case.parts[0]), tf.constant(case.cotangents[0])
+    _, dx, _ = make_step(layer)(x, dy)
+
+    def loss(x):
+        z = case._replace(parts=[x]).expected().outputs[0]
+        y = np.exp(z) / np.exp(z).sum(axis=-1, keepdims=True)
+        return (y * case.cotangents[0]).sum()
+
+    expected = central_differences(loss, case.parts[0].astype("f8"))
+    assert_close("input gradients", dx, expected, 5e-6)
+
+
+def test_gradients_of_gradients_through_the_activation():
+    case = make_case([(6, 3)], dtype="float64")._replace(options={"activation": "tanh"})
+    layer = make_layer(case, strategy_for(1), "float64")
+    x, dy = tf.constant(case.parts[0]), tf.constant(case.cotangents[0])
+    direction = np.random.default_rng(5).normal(size=x.shape)
+    with tf.GradientTape() as outer:
+        outer.watch(x)
+        with tf.GradientTape() as inner:
+            inner.watch(x)
+            y = layer(x, training=True)
+        scalar = tf.reduce_sum(direction * inner.gradient(y, x, output_gradients=dy))
+    observed = outer.gradient(scalar, x)
+
+    def moved(x):
+        return (direction * case._replace(parts=[x]).expected().input_gradients[0]).sum()
+
+    assert_close("by x", observed, central_differences(moved, case.parts[0]), 1e-6)
+
+
+def test_what_changes_the_shape_is_refused():
+    layer = syncbn.SyncBatchNormalization(activation="glu")
+    with pytest.raises(syncbn.InputError, match=r"Received: \(4, 3\) for \(4, 6\)"):
+        layer(tf.ones((4, 6)), training=True)
+
+
+def test_a_layer_is_no_activation():
+    with pytest.raises(syncbn.InputError, match="Received: the layer 'prelu'"):
+        syncbn.SyncBatchNormalization(activation=keras.layers.PReLU(name="prelu"))
+
+
+def test_an_unknown_name_is_refused_by_keras():
+    with pytest.raises(ValueError, match="nonsense"):
+        syncbn.SyncBatchNormalization(activation="nonsense")
