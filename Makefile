@@ -8,13 +8,14 @@ BIN := .venv/bin
 READY := .venv/ready
 OUTPUT ?= demo-output
 
-.PHONY: help demo test lint types format bench lock test-versions clean
+.PHONY: help demo test lint types format bench lock test-models test-versions clean
 
 help:
 	@echo "make demo           train on two replicas and compare with one device (2 minutes)"
 	@echo "make test           lint, types and the whole suite"
 	@echo "make format         rewrite the code in the house's format"
 	@echo "make bench          measure the layer against Keras's"
+	@echo "make test-models    branched models of keras.applications on two workers (7 minutes)"
 	@echo "make test-versions  the contract on older TensorFlow and Keras (30 minutes)"
 	@echo "make lock           resolve requirements.in into requirements.lock"
 	@echo "make clean          remove .venv and every cache"
@@ -53,6 +54,9 @@ format: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/layer.py --output benchmarks/results/layer.json
+
+test-models: $(READY)
+	$(BIN)/python -m pytest -m models
 
 test-versions: $(READY)
 	$(BIN)/python tests/versions.py

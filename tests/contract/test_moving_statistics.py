@@ -62,13 +62,19 @@ def test_the_first_step_of_the_cumulative_average_is_the_batch_exactly():
     layer, train = make(2, momentum=None, moving_mean_initializer=keras.initializers.Constant(1e9))
     parts = [part * 1e-6 for part in batches((7, 4), 1)[0]]
     train(parts)
-    assert_moved(layer, np.concatenate(parts).astype("f8").mean(0), np.concatenate(parts).astype("f8").var(0))
+    assert_moved(
+        layer, np.concatenate(parts).astype("f8").mean(0), np.concatenate(parts).astype("f8").var(0)
+    )
 
 
 @pytest.mark.parametrize("momentum", [0.9, None])
 def test_frozen_phases_and_empty_batches_count_nothing(momentum):
     layer, train = make(2, momentum=momentum)
-    first, frozen, empty, second = (*batches((7, 4), 2), batches((0, 0), 1)[0], batches((5, 6), 3)[2])
+    first, frozen, empty, second = (
+        *batches((7, 4), 2),
+        batches((0, 0), 1)[0],
+        batches((5, 6), 3)[2],
+    )
     train(first)
     before = [w.numpy() for w in layer.weights]
     layer.trainable = False
@@ -127,7 +133,9 @@ def test_every_call_of_a_shared_layer_in_one_step_counts_in_order(replicas, mode
     def step(x):
         with tf.GradientTape() as tape:
             tape.watch(x)
-            loss = tf.add_n([tf.reduce_sum(layer(x * (1 + s) + s, training=True) ** 3) for s in shifts])
+            loss = tf.add_n(
+                [tf.reduce_sum(layer(x * (1 + s) + s, training=True) ** 3) for s in shifts]
+            )
         return tape.gradient(loss, x)
 
     def run(x):

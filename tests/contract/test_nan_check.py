@@ -4,8 +4,8 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from tests.harness import make_case, make_layer, per_replica, strategy_for
 from tests.contract.test_collectives import collectives_of
+from tests.harness import make_case, make_layer, per_replica, strategy_for
 
 import syncbn
 
@@ -54,7 +54,7 @@ def test_it_names_the_layer_the_replica_and_the_input_and_updates_nothing(
     with pytest.raises(Stopped) as raised:
         step(per_replica(strategy, parts))
     found = "; ".join(f"replica {replica}: its input" for replica in bad)
-    assert "Layer 'norm_7' with nan_check=True requires finite numbers" in str(raised.value)
+    assert "Layer norm_7 with nan_check=True requires finite numbers" in str(raised.value)
     assert f"Received: NaN or infinity in {found}." in str(raised.value)
     assert "look at the data and the layers before" in str(raised.value)
     for own, its in zip(layer.weights, before, strict=True):
@@ -70,9 +70,8 @@ def test_it_tells_the_layer_s_state_from_its_input(weight, mode):
     getattr(layer, weight).assign(value)
     with pytest.raises(Stopped) as raised:
         training_step(strategy, layer, mode)(per_replica(strategy, case.parts))
-    assert (
-        "NaN or infinity in replica 0: the layer's state; replica 1: the layer's state."
-        in str(raised.value)
+    assert "in replica 0: the state of the layer; replica 1: the state of the layer." in str(
+        raised.value
     )
     assert "restore an earlier checkpoint" in str(raised.value)
 
@@ -80,7 +79,7 @@ def test_it_tells_the_layer_s_state_from_its_input(weight, mode):
 def test_both_at_once():
     case, strategy, layer = setting(1)
     layer.beta.assign(np.full(4, np.inf))
-    with pytest.raises(Stopped, match="replica 0: its input and the layer's state"):
+    with pytest.raises(Stopped, match="replica 0: its input and the state of the layer"):
         training_step(strategy, layer, "graph")(tf.constant(case.parts[0] * np.nan))
 
 
@@ -141,6 +140,6 @@ def test_a_model_in_fit_stops_before_its_weights_are_poisoned():
     model.compile("adam", "mse", jit_compile=False)
     x = np.ones((32, 4), "f4")
     x[20] = np.nan
-    with pytest.raises(Stopped, match="Layer 'first'"):
+    with pytest.raises(Stopped, match="Layer first with"):
         model.fit(x, x[:, :1] * 0, batch_size=8, shuffle=False, verbose=0)
     assert all(np.isfinite(weight).all() for weight in model.get_weights())

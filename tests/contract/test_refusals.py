@@ -76,29 +76,6 @@ def test_central_storage_strategy_is_refused():
     assert "Train under one of those" in str(raised.value)
 
 
-def test_a_mask_is_refused_in_training_and_passes_in_inference():
-    layer = syncbn.SyncBatchNormalization(name="norm")
-    x, mask = tf.ones((2, 3, 4)), tf.constant([[True, True, False], [True, False, False]])
-    assert layer(x, training=False, mask=mask).shape == x.shape
-    with pytest.raises(syncbn.UnsupportedFeatureError) as raised:
-        layer(x, training=True, mask=mask)
-    assert "requires inputs without a mask in training" in str(raised.value)
-    assert "Received: a mask of shape (2, 3)" in str(raised.value)
-
-
-def test_a_mask_that_an_embedding_makes_is_refused_too():
-    model = keras.Sequential(
-        [keras.layers.Embedding(5, 4, mask_zero=True), syncbn.SyncBatchNormalization()]
-    )
-    with pytest.raises(syncbn.UnsupportedFeatureError, match="mask"):
-        model(tf.constant([[1, 2, 0]]), training=True)
-
-
-def test_renorm_is_refused():
-    with pytest.raises(syncbn.UnsupportedFeatureError, match="requires renorm=False"):
-        syncbn.SyncBatchNormalization(renorm=True)
-
-
 @pytest.mark.parametrize("value", [True, False])
 def test_synchronized_is_not_an_argument(value):
     with pytest.raises(TypeError, match="this layer always synchronizes"):

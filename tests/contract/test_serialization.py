@@ -21,10 +21,26 @@ ARGUMENTS = {
     "moving_variance_initializer": keras.initializers.Constant(3.0),
     "gamma_regularizer": keras.regularizers.L2(0.1),
     "beta_constraint": keras.constraints.NonNeg(),
+    "renorm": True,
+    "renorm_clipping": {"rmax": 2.0, "dmax": 0.5},
     "renorm_momentum": 0.7,
+    "group_assignment": [[1, 0], [2]],
+    "unbiased_moving_variance": True,
+    "activation": "leaky_relu",
+    "nan_check": True,
     "name": "my_norm",
     "dtype": "mixed_bfloat16",
     "trainable": False,
+}
+
+# The arguments that Keras's layer does not have, each with a value of its own.
+OWN = {
+    "group_size": 2,
+    "group_assignment": [[0, 2], [1]],
+    "virtual_batch_size": 8,
+    "unbiased_moving_variance": True,
+    "activation": "elu",
+    "nan_check": True,
 }
 
 
@@ -53,9 +69,13 @@ def test_signature_is_that_of_keras_without_synchronized():
     # Keras has these since 3.13; ours are there on any.
     later = {"renorm", "renorm_clipping", "renorm_momentum"} - set(theirs)
     # By keyword and default; the order too, since old code passes some by position.
-    assert [(p.name, p.default) for p in ours.values() if p.name not in later] == [
-        (p.name, p.default) for p in theirs.values()
+    positional = [
+        (p.name, p.default)
+        for p in ours.values()
+        if p.name not in later and p.kind is not p.KEYWORD_ONLY
     ]
+    assert positional == [(p.name, p.default) for p in theirs.values()]
+    assert {p.name for p in ours.values() if p.kind is p.KEYWORD_ONLY} == set(OWN)
 
 
 def test_weights_have_the_names_order_and_shapes_of_keras():
@@ -75,6 +95,53 @@ def test_config_round_trip_keeps_every_argument():
     assert type(again) is syncbn.SyncBatchNormalization
     assert again.get_config() == config
     assert (again.axis, again.momentum, again.trainable, again.name) == (1, 0.8, False, "my_norm")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [*OWN.items(), ("momentum", None), ("renorm", True), ("activation", None)]
+)
+def test_each_argument_of_its_own_is_kept_by_config_json_and_a_keras_file(name, value, tmp_path):
+    model = keras.Sequential(
+        [keras.Input((3,)), syncbn.SyncBatchNormalization(**{name: value}, name="norm")]
+    )
+    for again in (
+        keras.models.clone_model(model),
+        keras.models.model_from_json(model.to_json()),
+        saved_and_loaded(model, tmp_path / "model.keras"),
+    ):
+        layer = again.get_layer("norm")
+        assert layer.get_config()[name] == model.get_layer("norm").get_config()[name] == value
+        assert [w.name for w in layer.weights] == [w.name for w in model.get_layer("norm").weights]
+
+
+def saved_and_loaded(model, path):
+    model.save(path)
+    return keras.models.load_model(path)
+
+
+def test_an_activation_is_kept_by_its_name_and_the_function_is_taken_too():
+    layer = syncbn.SyncBatchNormalization(activation=keras.activations.relu)
+    assert layer.get_config()["activation"] == "relu"
+    assert syncbn.SyncBatchNormalization(activation="linear").get_config()["activation"] is None
+
+
+def test_training_goes_on_from_a_saved_state_as_if_nothing_had_happened(tmp_path):
+    """Renormalization's own statistics and the number of batches are weights like the others."""
+    rng = np.random.default_rng(0)
+    first, second = rng.normal(3, 2, (2, 16, 3)).astype("float32")
+    model = keras.Sequential(
+        [keras.Input((3,)), syncbn.SyncBatchNormalization(renorm=True, momentum=None)]
+    )
+    model(first, training=True)
+    again = saved_and_loaded(model, tmp_path / "model.keras")
+    by_weights = keras.models.clone_model(model)
+    model.save_weights(tmp_path / "model.weights.h5")
+    by_weights.load_weights(tmp_path / "model.weights.h5")
+    expected = model(second, training=True)
+    for other in (again, by_weights):
+        np.testing.assert_array_equal(other(second, training=True), expected)
+        for own, its in zip(other.get_weights(), model.get_weights(), strict=True):
+            np.testing.assert_array_equal(own, its)
 
 
 def test_a_config_of_keras_batch_normalization_is_taken():

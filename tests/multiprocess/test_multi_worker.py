@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from tests.harness import Observed, assert_equals_one_device, make_case
+from tests.harness import Observed, assert_equals_one_device
 from tests.multiprocess.cluster import run_workers
-from tests.multiprocess.workers.cases import CASES
+from tests.multiprocess.workers.cases import CASES, COLLECTIVES
 
 pytestmark = pytest.mark.multiprocess
 
@@ -19,13 +19,14 @@ def workers(tmp_path_factory):
 
 @pytest.mark.parametrize("name", CASES)
 def test_two_workers_give_what_one_device_gives(workers, name):
-    shapes, dtype, _ = CASES[name]
-    fields = ("y", "dx", "gamma", "beta", "mean", "variance")
-    observed = Observed(*([worker[f"{name}/{field}"] for worker in workers] for field in fields))
-    tolerance = {"float32": 2e-6, "float64": 1e-11}[dtype]
-    assert_equals_one_device(make_case(shapes, dtype=dtype), observed, tolerance)
+    case, _ = CASES[name]
+    observed = Observed(
+        *([worker[f"{name}/{field}"] for worker in workers] for field in Observed._fields)
+    )
+    tolerance = {"float32": 2e-6, "float64": 1e-11}[case.parts[0].dtype.name]
+    assert_equals_one_device(case, observed, tolerance)
 
 
-@pytest.mark.parametrize("name", [name for name, (_, _, mode) in CASES.items() if mode == "graph"])
+@pytest.mark.parametrize("name", [name for name, (_, mode) in CASES.items() if mode == "graph"])
 def test_each_worker_issues_one_collective_each_way(workers, name):
-    assert [int(worker[f"{name}/collectives"]) for worker in workers] == [2, 2]
+    assert [int(worker[f"{name}/collectives"]) for worker in workers] == [COLLECTIVES[name]] * 2

@@ -12,7 +12,7 @@ os.environ["KERAS_BACKEND"] = "tensorflow"
 import numpy as np
 import tensorflow as tf
 
-from tests.harness import local_results, make_case, make_layer, make_step, per_replica
+from tests.harness import prepare, take
 from tests.multiprocess.workers.cases import CASES
 
 
@@ -26,26 +26,12 @@ def main(folder: Path) -> None:
     worker = json.loads(os.environ["TF_CONFIG"])["task"]["index"]
     assert strategy.num_replicas_in_sync == 2, strategy.num_replicas_in_sync
     arrays = {}
-    for name, (shapes, dtype, mode) in CASES.items():
-        case = make_case(shapes, dtype=dtype)
-        layer = make_layer(case, strategy, dtype)
-        step = make_step(layer)
-
-        def run(x, dy, step=step):
-            return strategy.run(step, args=(x, dy))
-
-        run = tf.function(run, autograph=False) if mode == "graph" else run
-        x, dy = (per_replica(strategy, values) for values in (case.parts, case.cotangents))
-        y, dx, (of_gamma, of_beta) = run(x, dy)
-        moving = layer.moving_mean.value, layer.moving_variance.value
-        for field, value in zip(
-            ("y", "dx", "gamma", "beta", "mean", "variance"),
-            (y, dx, of_gamma, of_beta, *moving),
-            strict=True,
-        ):
-            (arrays[f"{name}/{field}"],) = local_results(strategy, value)
+    for name, (case, mode) in CASES.items():
+        prepared = prepare(case, strategy=strategy, mode=mode, unknown_sizes=False)
+        for field, values in take(prepared)._asdict().items():
+            (arrays[f"{name}/{field}"],) = values
         if mode == "graph":
-            graph = run.get_concrete_function(x, dy).graph
+            graph = prepared.run.get_concrete_function(**prepared.values).graph
             reduces = [op for op in graph.get_operations() if op.type.startswith("Collective")]
             arrays[f"{name}/collectives"] = np.array(len(reduces))
     np.savez(folder / f"worker{worker}.npz", **arrays)

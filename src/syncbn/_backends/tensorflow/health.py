@@ -14,8 +14,9 @@ from syncbn.moments import Moments
 
 __all__ = ["exchange"]
 
-# What a replica tells the others, as a number: the sum of those that hold.
-_ORIGINS = ("", "its input", "the layer's state", "its input and the layer's state")
+# What a replica tells the others, as a number: the sum of those that hold. Without quotes, here and
+# below, which an assertion in a graph would print with backslashes.
+_ORIGINS = ("", "its input", "the state of the layer", "its input and the state of the layer")
 
 
 def exchange(
@@ -66,7 +67,7 @@ def _report(faults: Any, layer: str) -> Any:
     found = tf.strings.join(["replica ", tf.strings.as_string(replicas), ": ", origins])
     return tf.strings.join(
         [
-            f"Layer {layer!r} with nan_check=True requires finite numbers. "
+            f"Layer {layer} with nan_check=True requires finite numbers. "
             "Received: NaN or infinity in ",
             tf.strings.reduce_join(found, separator="; "),
             ". Nothing was updated in this step. If it is the input, look at the data and the "
