@@ -2,7 +2,7 @@
 
 SyncbnError
 ├── NotSynchronizableError   (RuntimeError)  synchronizing was asked for and cannot happen here
-├── UnsupportedFeatureError  (ValueError)    an argument or input that this version cannot serve yet
+├── UnsupportedFeatureError  (ValueError)    an argument that cannot be served in this place
 └── InputError               (ValueError)    arguments, data or settings that cannot be used
 """
 
@@ -28,7 +28,7 @@ class NotSynchronizableError(SyncbnError, RuntimeError):
 
 
 class UnsupportedFeatureError(SyncbnError, ValueError):
-    """An argument or input of batch normalization that this version does not serve yet."""
+    """An argument of batch normalization that cannot be served in this place."""
 
 
 class InputError(SyncbnError, ValueError):

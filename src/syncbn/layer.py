@@ -27,19 +27,25 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
 
     In training, on every replica of a `tf.distribute` strategy,
 
-        y = gamma · (x − mean) / √(variance + epsilon) + beta
+        y = activation(gamma · (x − mean) / √(variance + epsilon) + beta)
+        n = Σ w,   mean = Σ w · x / n,   variance = Σ w · (x − mean)² / n
 
-    where mean and biased variance are those of each channel over all elements of all replicas:
-    elements are counted, so that replicas may hold parts of different sizes, or none. Gradients
-    flow through the statistics to every replica. One collective forward and one backward; none in
-    inference, none when frozen, none on one device.
+    where the sums run over all elements of a channel on all replicas and w is an element's weight,
+    1 without `mask` and `weights`: elements are counted, so that replicas may hold parts of
+    different sizes, or none. Gradients flow through the statistics to every replica. One collective
+    forward and one backward; none in inference, none when frozen, none on one device.
 
     The conventions are Keras's: `moving = moving · momentum + batch · (1 − momentum)`, the biased
     variance also in the moving average, `trainable=False` means inference. Moving statistics are
-    bitwise the same on every replica; a globally empty batch leaves them untouched. Inference is
+    bitwise the same on every replica; a globally empty batch leaves them untouched; each call of a
+    layer that is called several times in a step moves them, in the order of the calls. Inference is
     `keras.layers.BatchNormalization`'s own. Names, order and shapes of the weights are its too, so
     that `set_weights` takes those of the other. (`.weights.h5` files address layers by the name of
     their class: one of a model with plain layers does not load into one with these.)
+
+    A masked element, or one of weight 0, does not exist: it is in no statistic and no gradient,
+    whatever it is, NaN too. Its own output is computed by the statistics of the rest, and no
+    gradient flows through it. (Keras lets its cotangent into the gradients.)
 
     Shapes:
         inputs: any rank, channels on `axis`; every other size may be unknown, differ between
@@ -48,6 +54,7 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
     Dtypes:
         Inputs in float16, bfloat16, float32 or float64, by the layer's dtype policy. Statistics are
         kept in float32 at least, and merged over replicas in float64 (on TPU as a float32 table).
+        Weights are not rounded to the policy's dtype.
 
     Strategies:
         none, OneDeviceStrategy, MirroredStrategy, MultiWorkerMirroredStrategy (in a custom loop).
@@ -56,7 +63,8 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
     Args:
         axis: the axis of the channels; 1 after a convolution with
             `data_format="channels_first"`.
-        momentum: share of the old value in a step of the moving average.
+        momentum: share of the old value in a step of the moving average. None for the average of
+            all batches so far, each of the same share, counted in `num_batches_tracked`, as torch.
         epsilon: added to the variance; in the unit of the input squared.
         center: add `beta`.
         scale: multiply by `gamma`.
@@ -68,23 +76,44 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
         gamma_regularizer: regularizer of `gamma`, or None.
         beta_constraint: constraint of `beta`, or None.
         gamma_constraint: constraint of `gamma`, or None.
-        renorm: batch renormalization; not supported yet, must be False.
-        renorm_clipping: kept in the configuration; of no effect without `renorm`.
-        renorm_momentum: kept in the configuration; of no effect without `renorm`.
-        **kwargs: of `keras.layers.Layer`: `name`, `dtype`, `trainable`.
+        renorm: batch renormalization: in training the normalized input is multiplied by r and d is
+            added, `r = σ_batch / σ` and `d = (mean_batch − mean) / σ` by moving statistics of its
+            own, both without gradient.
+        renorm_clipping: limits `rmin`, `rmax` of r and `dmax` of |d|; one left out is open.
+        renorm_momentum: momentum of the moving statistics of renormalization.
+        group_size: normalize by the statistics of consecutive groups of so many replicas, which
+            must divide their number. 1 is local normalization. The moving statistics are in any
+            case those of the union of all replicas, each group by its count.
+        group_assignment: lists of the replicas that normalize together, each replica in one.
+        virtual_batch_size: normalize every so many examples of a replica by themselves ("ghost
+            batches", the last may be smaller). Only the moving statistics are synchronized. Not
+            with groups or renorm.
+        unbiased_moving_variance: `M2 / (n − 1)` in the moving average, as torch; normalization
+            itself is always by the biased variance.
+        activation: name of an activation of Keras that is applied to the outputs. The backward
+            computes it again from the input, so that nothing more is kept.
+        nan_check: in training stop with an error where the layer, its input or its variables have
+            become NaN or infinite, and say which replica; before anything is updated.
+        **kwargs: of `keras.layers.Layer`: `name`, `dtype`, `trainable`, `autocast`.
 
     Raises:
-        UnsupportedFeatureError: `renorm=True`; in training, an input with a mask.
+        InputError: an argument that cannot be; in training, groups that are no partition of the
+            replicas; a mask or weights that do not fit the inputs, or are negative or not finite.
         NotSynchronizableError: in training, where the replicas cannot meet: under
             ParameterServerStrategy, in the cross-replica context, outside of the strategy that the
             layer was made under, inside `tf.cond` or `tf.while_loop` within a replica, on a Keras
             backend other than TensorFlow.
-        LookupError: from TensorFlow, by forward-mode differentiation.
+        UnsupportedFeatureError: `nan_check=True` where XLA compiles the layer.
+        LookupError: from TensorFlow, by forward-mode differentiation or a gradient of `weights`.
+        InvalidArgumentError: from TensorFlow, by `nan_check`.
 
     References:
         Ioffe, Szegedy, "Batch Normalization", arXiv:1502.03167, 2015.
+        Ioffe, "Batch Renormalization", arXiv:1702.03275, 2017.
         Peng et al., "MegDet: A Large Mini-Batch Object Detector", arXiv:1711.07240, 2017
         (normalization over the batches of several devices).
+        Hoffer, Hubara, Soudry, "Train longer, generalize better", arXiv:1705.08741, 2017 (ghost
+        batches).
     """
 
     def __init__(
@@ -146,7 +175,7 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
         if momentum is None:
             self.momentum = None
         # Nor these: Keras knows them since 3.13 only, and its errors name no values.
-        self._clipping = Clipping.of(renorm_clipping)
+        self._clipping = Clipping.of(renorm_clipping if renorm else None)
         self.renorm = renorm
         self.renorm_clipping = dict(renorm_clipping or {}) if renorm else renorm_clipping
         self.renorm_momentum = renorm_momentum
@@ -234,11 +263,6 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
                 check_values(known, self.name)
         if not keras.backend.is_float_dtype(inputs.dtype):
             inputs = ops.cast(inputs, keras.backend.result_type(inputs.dtype, "float32"))
-        state = {
-            variable.name: variable.value
-            for variable in (*self.non_trainable_variables, *self.trainable_variables)
-            if len(variable.shape) == 1
-        }
         scheme = Scheme(
             self.epsilon,
             self._grouping,
@@ -247,9 +271,8 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
             self.name if self.nan_check else None,
         )
         with without_autocast():
-            outputs, union = backend.normalize(
-                Batch(inputs, self.axis, counts, state), scheme, self._affine
-            )
+            batch = Batch(inputs, self.axis, counts, self._state())
+            outputs, union = backend.normalize(batch, scheme, self._affine)
             move_statistics(self, union)
         return ops.cast(outputs, self.compute_dtype)
 
@@ -259,6 +282,17 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
         if self._casts_inputs and keras.backend.is_float_dtype(inputs.dtype):
             inputs = ops.cast(inputs, self.compute_dtype)
         return inputs
+
+    def _state(self) -> dict[str, Any]:
+        """The framework's variables of the size of the channels, by name."""
+        names = ["moving_mean", "moving_variance", "gamma", "beta"]
+        if self.renorm:
+            names += ["moving_stddev", "renorm_mean", "renorm_stddev"]
+        # Without gamma or beta the attribute is None, before Keras 3.5 missing.
+        variables = {name: getattr(self, name, None) for name in names}
+        return {
+            name: variable.value for name, variable in variables.items() if variable is not None
+        }
 
     def _affine(self, moments: Moments) -> tuple[Any | None, Any | None]:
         """`(gamma, beta)` for a batch of these moments; with renorm corrected towards the past."""
