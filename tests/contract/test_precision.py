@@ -1,5 +1,6 @@
 """Contract 1 at large means and in low precision, also by the float32 table."""
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -115,3 +116,43 @@ def test_a_float64_layer_takes_float32_inputs():
     assert observed.outputs[0].dtype == np.float64
     for own, its in zip(observed.outputs, case.expected().outputs, strict=True):
         assert_close("outputs", own, its, 1e-11)
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "float16"])
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_float16_inputs_up_to_the_largest_stay_finite_where_one_device_would(replicas, policy):
+    """Their squares are beyond float16; their mean is not, nor anything that leaves the layer."""
+    rng = np.random.default_rng(0)
+    case = make_case([(33, 5, 4), (32, 5, 4)][:replicas], dtype="float16")
+    parts = [rng.uniform(-6e4, 6e4, part.shape).astype("float16") for part in case.parts]
+    parts[0][..., 0] = 6e4  # a constant channel, at the end of the range
+    case = case._replace(parts=parts)
+    observed, expected = observe(case, dtype=policy), case.expected()
+    for own, its in zip(observed.outputs, expected.outputs, strict=True):
+        assert_close("outputs", own, its, HALF["float16"])
+    assert all(np.isfinite(dx).all() for dx in observed.input_gradients)
+    assert np.isfinite(observed.moving_means[0]).all()
+    if policy == "mixed_float16":
+        assert_statistics(case, observed, 2e-6)
+    else:
+        # A float16 variable cannot hold a variance of 1e9, on one device no more than here.
+        layer = keras.layers.BatchNormalization(momentum=0.9, dtype="float16")
+        layer(np.concatenate(parts), training=True)
+        np.testing.assert_array_equal(
+            np.isfinite(observed.moving_variances[0]), np.isfinite(layer.moving_variance.numpy())
+        )
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_scaled_loss_gives_scaled_gradients(dtype):
+    """Loss scaling: cotangents near the end of float16's range, sums of them beyond it."""
+    scale = 2.0**13
+    case = make_case([(33, 5, 4), (32, 5, 4)], dtype=dtype)
+    scaled = case._replace(cotangents=[(c * scale).astype(c.dtype) for c in case.cotangents])
+    plain, observed = (observe(c, dtype=f"mixed_{dtype}") for c in (case, scaled))
+    assert np.abs(np.sum(observed.gamma_gradients, axis=0)).max() > 65504
+    for name in ("gamma_gradients", "beta_gradients"):
+        own, its = (np.sum(getattr(o, name), axis=0) for o in (observed, plain))
+        assert_close(name, own / scale, its, 1e-6)
+    for own, its in zip(observed.input_gradients, plain.input_gradients, strict=True):
+        assert_close("input gradients", own.astype("f8") / scale, its, HALF[dtype])

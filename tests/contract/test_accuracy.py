@@ -1,0 +1,94 @@
+"""The numbers of docs/accuracy.md, each measured again."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tests.harness import make_case, observe
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "accuracy.md").read_text()
+COLUMNS = ("outputs", "input gradients", "weight gradients", "moving statistics")
+
+
+def table(after):
+    """The rows of the first table behind a heading: a name and numbers."""
+    text = PAGE.split(f"## {after}")[1]
+    rows = re.findall(r"^\| (\S+) \| (.*) \|$", text.split("\n## ")[0], re.MULTILINE)
+    return {
+        name: [float(n) for n in numbers.split(" | ")] for name, numbers in rows if "e-" in numbers
+    }
+
+
+POLICIES = table("By dtype policy")
+OFFSETS = table("At large means")
+
+
+def variants(dtype):
+    case = make_case([(33, 5, 6), (20, 5, 6)], dtype=dtype)
+    rng = np.random.default_rng(1)
+    masks = [rng.random(part.shape[:-1]) > 0.3 for part in case.parts]
+    weights = [rng.uniform(0.5, 2, len(part)).astype("f4") for part in case.parts]
+    options = {"renorm": True, "activation": "elu", "group_size": 1}
+    return [case, case._replace(masks=masks, weights=weights), case._replace(options=options)]
+
+
+def error(observed, expected):
+    joined = [
+        np.concatenate([np.asarray(array, np.float64).ravel() for array in arrays])
+        for arrays in (observed, expected)
+    ]
+    return np.abs(joined[0] - joined[1]).max() / np.abs(joined[1]).max()
+
+
+def errors(case, policy):
+    observed, expected = observe(case, dtype=policy), case.expected()
+    mean, variance = 0.1 * expected.mean, 0.9 + 0.1 * expected.variance
+    if case.options:
+        deviation = 0.9 + 0.1 * np.sqrt(expected.variance + case.epsilon)
+        variance = deviation**2 - case.epsilon
+    summed = [np.sum(np.asarray(g, np.float64), axis=0) for g in observed[2:4]]
+    return (
+        error(observed.outputs, expected.outputs),
+        error(observed.input_gradients, expected.input_gradients),
+        error(summed, [expected.gamma_gradient, expected.beta_gradient]),
+        error(
+            [observed.moving_means[0], observed.moving_variances[0]],
+            [mean, variance],
+        ),
+    )
+
+
+def test_the_page_has_a_row_for_every_policy_and_offset():
+    assert set(POLICIES) == {
+        *("float64", "float32", "mixed_float16", "mixed_bfloat16", "float16", "bfloat16"),
+    }
+    assert {float(offset) for offset in OFFSETS} == {0, 1e1, 1e2, 1e3, 1e4, 1e5}
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_no_error_is_larger_than_the_page_says_nor_far_smaller(policy):
+    measured = [errors(case, policy) for case in variants(policy.removeprefix("mixed_"))]
+    for column, said, worst in zip(
+        COLUMNS, POLICIES[policy], np.max(measured, axis=0), strict=True
+    ):
+        assert worst <= said, f"{column}: {worst:.1e}"
+        assert worst > said / 30, f"{column}: {worst:.1e}, the page says {said}"
+
+
+@pytest.mark.parametrize("offset", OFFSETS)
+def test_the_errors_at_large_means_are_those_of_the_page(offset, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import keras
+
+    import accuracy
+    import syncbn
+
+    said = OFFSETS[offset]
+    theirs = accuracy.errors(keras.layers.BatchNormalization, float(offset), synchronized=True)
+    ours = accuracy.errors(syncbn.SyncBatchNormalization, float(offset))
+    for measured, number in ((ours[0], said[1]), (ours[1], said[3])):
+        assert measured <= 3 * number
+    for measured, number in ((theirs[0], said[0]), (theirs[1], said[2])):
+        assert measured >= number / 3
