@@ -53,21 +53,21 @@ class Case(NamedTuple):
         )
 
     def element_weights(self) -> list[np.ndarray] | None:
-        """What each element counts, by the mask and the weights together."""
+        """What each element counts, by the mask and the weights together, of the parts' shapes."""
         if self.masks is None and self.weights is None:
             return None
         result = []
         for replica, part in enumerate(self.parts):
-            shape = np.delete(part.shape, self.axis)
-            total = np.ones(shape)
+            total = np.ones(part.shape)
             if self.weights is not None:
                 weight = np.asarray(self.weights[replica], np.float64)
                 # A number for each example, as Keras's sample_weight.
                 if weight.ndim == 1:
-                    weight = weight.reshape(-1, *(1,) * (len(shape) - 1))
-                total = total * weight
+                    weight = weight.reshape(-1, *(1,) * (part.ndim - 2))
+                total = total * (np.expand_dims(weight, self.axis) if weight.ndim else weight)
             if self.masks is not None:
-                total = np.where(self.masks[replica], total, 0.0)
+                # Keras's masks have no last axis, wherever the channels are.
+                total = np.where(self.masks[replica][..., None], total, 0.0)
             result.append(total)
         return result
 
@@ -288,13 +288,15 @@ def assert_statistics(case: Case, observed: Observed, tolerance: float) -> None:
     """Moving statistics moved as one device moves them, bitwise the same on every replica."""
     expected = case.expected()
     mean, variance = expected.mean, expected.variance
-    if case.options.get("unbiased_moving_variance") and expected.count > 1:
-        variance = variance * expected.count / (expected.count - 1)
+    count = expected.count
+    if case.options.get("unbiased_moving_variance"):
+        # Of a sum of weights between 1 and 2 no n − 1 is taken, which would be next to nothing.
+        variance = variance * count / np.where(count > 2, count - 1, np.clip(count, 1e-9, 1))
     # The first batch is the average of all batches so far.
     momentum = 0.0 if case.momentum is None else case.momentum
-    momentum = momentum if expected.count else 1.0
+    momentum = np.where(count > 0, momentum, 1.0)
     moved_variance = oracle.moved(np.ones_like(variance), variance, momentum)
-    if case.options.get("renorm") and expected.count:
+    if case.options.get("renorm") and count.any():
         deviation = oracle.moved(np.ones_like(variance), np.sqrt(variance + case.epsilon), momentum)
         moved_variance = np.maximum(deviation**2 - case.epsilon, 0)
     moved_mean = oracle.moved(np.zeros_like(mean), mean, momentum)

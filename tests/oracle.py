@@ -13,7 +13,7 @@ class Expected(NamedTuple):
     input_gradients: list[np.ndarray]  # one a replica
     gamma_gradient: np.ndarray  # (C,), summed over replicas
     beta_gradient: np.ndarray  # (C,), summed over replicas
-    count: float  # of the union of all replicas, as the next two
+    count: np.ndarray  # (C,), of the union of all replicas, as the next two
     mean: np.ndarray  # (C,)
     variance: np.ndarray  # (C,), biased
 
@@ -68,16 +68,14 @@ def batch_normalization(
         gamma: shape (C,).
         beta: shape (C,).
         epsilon: added to the variance.
-        weights: of each element, the shape of the part without its channels; ones by default.
+        weights: of each element, the shape of the part; ones by default.
         labels: of each example, the number of the group that it is normalized with.
         renorm: with batch renormalization, its state.
         activation: by Keras's name.
     """
     x = _rows(parts, axis, len(gamma))
     dy = _rows(cotangents, axis, len(gamma))
-    w = np.ones((len(x), 1))
-    if weights is not None:
-        w = np.concatenate([np.asarray(one, np.float64).ravel() for one in weights])[:, None]
+    w = np.ones_like(x) if weights is None else _rows(weights, axis, len(gamma))
     group_of = np.zeros(len(x), int)
     if labels is not None:
         group_of = np.concatenate(
@@ -101,13 +99,12 @@ def batch_normalization(
     )
 
 
-def moments(x: np.ndarray, w: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
+def moments(x: np.ndarray, w: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Weighted count, mean and biased variance of rows; zeros of nothing."""
-    count = float(w.sum())
-    if not count:
-        return 0.0, np.zeros(x.shape[1]), np.zeros(x.shape[1])
-    mean = (w * x).sum(axis=0) / count
-    return count, mean, (w * (x - mean) ** 2).sum(axis=0) / count
+    count = w.sum(axis=0)
+    divisor = np.where(count > 0, count, 1.0)
+    mean = (w * x).sum(axis=0) / divisor
+    return count, mean, (w * (x - mean) ** 2).sum(axis=0) / divisor
 
 
 def _one_group(
@@ -134,7 +131,7 @@ def _one_group(
     # An element of weight 0 does not exist: nothing of its cotangent goes anywhere.
     dz = np.where(w > 0, dy * activation[1](z), 0.0)
     of_beta, of_normalized = dz.sum(axis=0), (dz * normalized).sum(axis=0)
-    n = count or 1.0
+    n = np.where(count > 0, count, 1.0)
     dx = gamma * r * inverse * (dz - w * of_beta / n - w * normalized * of_normalized / n)
     return activation[0](z), dx, (dz * corrected).sum(axis=0), of_beta
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import numbers
 from typing import Any
 
 import keras
 
 from syncbn.errors import InputError
 
-__all__ = ["activation_function", "checked_virtual_batch_size"]
+__all__ = ["activation_function", "checked_renorm_momentum", "checked_virtual_batch_size"]
 
 
 def checked_virtual_batch_size(size: Any, **others: Any) -> int | None:
@@ -30,11 +31,34 @@ def checked_virtual_batch_size(size: Any, **others: Any) -> int | None:
 
 
 def activation_function(activation: Any) -> Any:
-    """Keras's function of that name, None for the identity."""
-    if isinstance(activation, keras.layers.Layer):
+    """Keras's function of that name, None for the identity.
+
+    Only Keras's own: the backward computes it again, and of one that draws random numbers or reads
+    variables it would be another.
+    """
+    if activation in (None, "linear", "identity"):
+        return None
+    name = getattr(activation, "__name__", activation)
+    function = getattr(keras.activations, name, None) if isinstance(name, str) else None
+    if function is None or name in _NO_ACTIVATIONS or activation not in (name, function):
         raise InputError(
-            "activation requires the name of an activation of Keras, as 'relu', or its function. "
-            f"Received: the layer {activation.name!r}. Put it behind this layer."
+            "activation requires the name of an activation of Keras, as 'relu', or None. "
+            f"Received: activation={activation!r}. Put anything else behind this layer, as a layer "
+            "of its own."
         )
-    function = keras.activations.get(activation)
     return None if function is keras.activations.linear else function
+
+
+# Of keras.activations: functions about activations, one that changes the shape, one that needs more
+# than its argument.
+_NO_ACTIVATIONS = frozenset({"deserialize", "get", "serialize", "glu", "threshold"})
+
+
+def checked_renorm_momentum(momentum: Any) -> Any:
+    """The momentum of renormalization, if it is a number."""
+    if not isinstance(momentum, numbers.Real):
+        raise InputError(
+            f"renorm_momentum requires a number. Received: renorm_momentum={momentum!r}. "
+            "Give one from 0 to 1; None is for momentum alone."
+        )
+    return momentum

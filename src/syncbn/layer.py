@@ -11,7 +11,11 @@ from keras import ops
 from syncbn import _backends
 from syncbn._backends.interface import Batch, Scheme
 from syncbn._keras import aggregates_assignments, in_symbolic_scope, without_autocast
-from syncbn.arguments import activation_function, checked_virtual_batch_size
+from syncbn.arguments import (
+    activation_function,
+    checked_renorm_momentum,
+    checked_virtual_batch_size,
+)
 from syncbn.groups import Grouping
 from syncbn.moments import Moments
 from syncbn.moving import add_renorm_weights, move_statistics
@@ -104,7 +108,7 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
             layer was made under, inside `tf.cond` or `tf.while_loop` within a replica, on a Keras
             backend other than TensorFlow.
         UnsupportedFeatureError: `nan_check=True` where XLA compiles the layer.
-        LookupError: from TensorFlow, by forward-mode differentiation or a gradient of `weights`.
+        LookupError: from TensorFlow, by forward-mode differentiation.
         InvalidArgumentError: from TensorFlow, by `nan_check`.
 
     References:
@@ -178,7 +182,7 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
         self._clipping = Clipping.of(renorm_clipping if renorm else None)
         self.renorm = renorm
         self.renorm_clipping = dict(renorm_clipping or {}) if renorm else renorm_clipping
-        self.renorm_momentum = renorm_momentum
+        self.renorm_momentum = checked_renorm_momentum(renorm_momentum)
         self._grouping = Grouping.of(group_size, group_assignment)
         self.group_size = self._grouping.size
         self.group_assignment = group_assignment and [list(g) for g in group_assignment]
@@ -191,6 +195,9 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
         self.unbiased_moving_variance = unbiased_moving_variance
         self.activation = activation_function(activation)
         self.nan_check = nan_check
+        if nan_check:
+            # XLA leaves assertions out. So `compile(jit_compile="auto")` does not choose it.
+            self.supports_jit = False
 
     def build(self, input_shape: Any) -> None:
         """Make the weights: Keras's, in its order, then those of this layer's own arguments."""
@@ -232,14 +239,16 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
             inputs: tensor of the rank the layer was built with.
             training: True for the statistics of the batch, which also move the moving statistics;
                 has no effect when the layer is frozen by `trainable=False`.
-            mask: True where an element counts; the shape of the inputs without their channels'
-                axis, sizes of 1 are broadcast. Keras hands on that of the layer before. What is
-                masked does not exist for statistics and gradients; its output is computed by the
-                statistics of the rest. Of no effect in inference, as in Keras.
-            weights: how much each element counts in the statistics, of the mask's shape, or one for
-                each example as Keras's `sample_weight`, or one for all. At least 0 and finite,
-                checked where the values are known, which they are not inside a `tf.function`. A
-                constant for the gradient. Weight 0 is a mask. Of no effect in inference.
+            mask: True where an element counts; as Keras hands it on from the layer before, the
+                shape of the inputs without their last axis, also where the channels are not last;
+                sizes of 1 are broadcast. What is masked does not exist for statistics and
+                gradients; its output is computed by the statistics of the rest. Of no effect in
+                inference, as in Keras.
+            weights: how much each element counts in the statistics; the shape of the inputs without
+                the axis of the channels, sizes of 1 are broadcast, or one for each example as
+                Keras's `sample_weight`, or one for all. At least 0 and finite, checked where the
+                values are known, which they are not inside a `tf.function`. A constant: no gradient
+                flows to it. Weight 0 is a mask. Of no effect in inference.
 
         Returns:
             Tensor of the shape of the inputs, in the layer's compute dtype.
@@ -251,12 +260,12 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
         """
         mask = getattr(inputs, "_keras_mask", None) if mask is None else mask
         inputs = self._as_input(inputs)
-        counts = element_weights(inputs, self.axis, mask, weights)
         # While Keras only asks for shapes there is no batch, and often no replica.
         if not (training and self.trainable) or in_symbolic_scope():
-            outputs = super().call(inputs, training=False)
+            outputs = super().call(inputs, training=False, mask=mask)
             return outputs if self.activation is None else self.activation(outputs)
         backend = _backends.get(keras.backend.backend())
+        counts = element_weights(inputs, self.axis, mask, weights)
         if weights is not None:
             known = backend.known_value(counts)
             if known is not None:

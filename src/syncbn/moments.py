@@ -1,7 +1,8 @@
 """Moments of a set of elements, and how the moments of several sets become those of their union.
 
-Pure maths over any array namespace `xp` that offers `concatenate`, `maximum`, `sum`, `where` and
-`zeros_like` as NumPy defines them, so that there is one copy for every backend and the tests.
+Pure maths over any array namespace `xp` that offers `concatenate`, `maximum`, `minimum`, `sum`,
+`where` and `zeros_like` as NumPy defines them, so that there is one copy for every backend and the
+tests.
 
 Two forms travel between replicas, both of a size that does not depend on the elements:
 
@@ -26,7 +27,7 @@ __all__ = ["Moments", "as_divisor", "merge_table", "pack_row", "pack_sums", "unp
 class Moments(NamedTuple):
     """Count, mean and sum of squared deviations of the elements of each channel."""
 
-    count: Any  # shape (): elements of each channel, or the sum of their weights; may be 0
+    count: Any  # shape () or (C,): elements of a channel, or the sum of their weights; may be 0
     mean: Any  # shape (C,); 0 where count is 0
     m2: Any  # shape (C,): Σ (x − mean)²; 0 where count is 0
 
@@ -35,9 +36,14 @@ class Moments(NamedTuple):
         return self.m2 / as_divisor(self.count, xp)
 
     def unbiased_variance(self, xp: Any) -> Any:
-        """Bessel's `M2 / (n − 1)`, shape (C,), as torch keeps it; biased where n is 1 or less."""
-        spare = xp.where(self.count > 1, self.count - 1, self.count)
-        return self.m2 / as_divisor(spare, xp)
+        """Bessel's `M2 / (n − 1)`, shape (C,), as torch keeps it.
+
+        A sum of weights may be between 1 and 2, where n − 1 would blow it up, or below: there M2
+        over 1, or the biased M2 / n. For whole numbers of elements it is Bessel's.
+        """
+        ones = xp.zeros_like(self.count) + 1
+        divisor = xp.maximum(self.count - 1, xp.minimum(self.count, ones))
+        return self.m2 / as_divisor(divisor, xp)
 
 
 def as_divisor(count: Any, xp: Any) -> Any:
@@ -49,38 +55,55 @@ def pack_sums(moments: Moments, xp: Any) -> Any:
     """The sum form, shape (2C+1,): `(n, n·mean, M2 + n·mean²)`. Its inputs should be float64."""
     count, mean, m2 = moments
     total = count * mean
-    return xp.concatenate([count[None], total, m2 + total * mean])
+    return xp.concatenate([_as_vector(count), total, m2 + total * mean])
 
 
-def unpack_sums(payload: Any, xp: Any) -> Moments:
-    """Moments of the union, from the sum over all sets of their sum forms."""
-    channels = (payload.shape[0] - 1) // 2
-    count, total = payload[0], payload[1 : 1 + channels]
+def _as_vector(count: Any) -> Any:
+    return count if len(count.shape) else count[None]
+
+
+def unpack_sums(payload: Any, xp: Any, *, one_count: bool = True) -> Moments:
+    """Moments of the union, from the sum over all sets of their sum forms.
+
+    Args:
+        payload: shape (2C+1,), or (3C,) with a count for each channel.
+        xp: the array namespace.
+        one_count: whether all channels have the same count.
+    """
+    counts = _counts(payload.shape[0], one_count)
+    channels = (payload.shape[0] - counts) // 2
+    count, total = payload[0] if one_count else payload[:counts], payload[counts:][:channels]
     mean = total / as_divisor(count, xp)
-    m2 = payload[1 + channels :] - total * mean
+    m2 = payload[counts + channels :] - total * mean
     # Rounding may leave a constant channel a hair below zero, of which rsqrt would make NaN.
     return Moments(count, mean, xp.maximum(m2, 0.0))
+
+
+def _counts(numbers: int, one_count: bool) -> int:
+    """How many of the numbers of a payload are counts."""
+    return 1 if one_count else numbers // 3
 
 
 def pack_row(moments: Moments, xp: Any) -> Any:
     """One row of the table form, shape (2C+1,): `(n, mean, M2)`."""
     count, mean, m2 = moments
-    return xp.concatenate([count[None], mean, m2])
+    return xp.concatenate([_as_vector(count), mean, m2])
 
 
-def merge_table(table: Any, xp: Any) -> Moments:
-    """Moments of the union, from a table of shape (R, 2C+1) with one row a set.
+def merge_table(table: Any, xp: Any, *, one_count: bool = True) -> Moments:
+    """Moments of the union, from a table of shape (R, 2C+1), or (R, 3C), with one row a set.
 
     What is summed are the deviations from a pivot, so that it is of the size of the differences
     between the sets, not of the offset that they share; rounding in the pivot cancels.
     """
-    channels = (table.shape[1] - 1) // 2
-    counts = table[:, :1]
-    means = table[:, 1 : 1 + channels]
-    count = xp.sum(counts)
+    width = _counts(table.shape[1], one_count)
+    channels = (table.shape[1] - width) // 2
+    counts = table[:, :width]
+    means = table[:, width : width + channels]
+    count = xp.sum(counts, axis=0)
     divisor = as_divisor(count, xp)
     pivot = xp.sum(counts * means, axis=0) / divisor
     deviations = xp.where(counts > 0, means - pivot, xp.zeros_like(means))
     shift = xp.sum(counts * deviations, axis=0) / divisor
-    m2 = xp.sum(table[:, 1 + channels :] + counts * (deviations - shift) ** 2, axis=0)
-    return Moments(count, pivot + shift, m2)
+    m2 = xp.sum(table[:, width + channels :] + counts * (deviations - shift) ** 2, axis=0)
+    return Moments(count[0] if one_count else count, pivot + shift, m2)

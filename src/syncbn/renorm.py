@@ -13,6 +13,7 @@ References:
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -36,20 +37,25 @@ class Clipping(NamedTuple):
         Raises:
             InputError: an unknown key, something that is no number, an empty range.
         """
+        if not isinstance(clipping, Mapping | None):
+            raise InputError(
+                f"renorm_clipping requires a dictionary with keys of {sorted(cls._fields)}. "
+                f"Received: renorm_clipping={clipping!r}. Give for example {{'rmax': 3.0}}."
+            )
         given = dict(clipping or {})
-        unknown = sorted(set(given) - set(cls._fields))
+        unknown = sorted(map(str, set(given) - set(cls._fields)))
         if unknown:
             raise InputError(
                 f"renorm_clipping requires keys of {sorted(cls._fields)}. Received: {unknown} in "
                 f"renorm_clipping={given!r}. Remove or rename them."
             )
-        limits = cls(**given)
         wrong = {name: limit for name, limit in given.items() if not _is_limit(limit)}
         if wrong:
             raise InputError(
                 f"renorm_clipping requires numbers or None. Received: {wrong!r}. Leave a key out "
                 "for no limit."
             )
+        limits = cls(**given)
         if limits.rmin is not None and limits.rmax is not None and limits.rmax < limits.rmin:
             raise InputError(
                 "renorm_clipping requires rmin <= rmax. Received: "
@@ -66,12 +72,7 @@ class Clipping(NamedTuple):
 
 
 def _is_limit(value: Any) -> bool:
-    if value is None:
-        return True
-    try:
-        return not math.isnan(float(value))
-    except (TypeError, ValueError):
-        return False
+    return value is None or (isinstance(value, numbers.Real) and not math.isnan(value))
 
 
 def corrections(

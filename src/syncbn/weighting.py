@@ -13,14 +13,15 @@ __all__ = ["check_values", "element_weights"]
 
 
 def element_weights(inputs: Any, axis: int, mask: Any | None, weights: Any | None) -> Any | None:
-    """The weight of each element, of the rank of the inputs less one; None where all count 1.
+    """The weight of each element, of the rank of the inputs; None where all count 1.
 
     Args:
         inputs: floating point, any rank.
         axis: that of the channels.
-        mask: any dtype, True where an element counts; the inputs' rank less one.
-        weights: of any number type; the inputs' rank less one, or a number for each example, or
-            one for all.
+        mask: any dtype, True where an element counts; as Keras hands it on, the shape of the inputs
+            without their last axis, whatever the axis of the channels.
+        weights: of any number type; the shape of the inputs without the axis of the channels, or a
+            number for each example, or one for all.
 
     Returns:
         Weights in float64 for float64 inputs, else in float32; each axis of its size or 1.
@@ -33,56 +34,51 @@ def element_weights(inputs: Any, axis: int, mask: Any | None, weights: Any | Non
     dtype = "float64" if backend.standardize_dtype(inputs.dtype) == "float64" else "float32"
     shape = tuple(inputs.shape)
     axis %= len(shape)
-    elements = shape[:axis] + shape[axis + 1 :]
     if weights is not None:
-        weights = ops.cast(_aligned(ops.convert_to_tensor(weights), elements, shape), dtype)
+        weights = _aligned(ops.convert_to_tensor(weights), shape[:axis] + shape[axis + 1 :], shape)
+        weights = ops.expand_dims(ops.cast(weights, dtype), axis)
     if mask is None:
         return weights
-    mask = ops.convert_to_tensor(mask)
-    if len(mask.shape) != len(elements):
-        raise InputError(
-            "A mask requires one dimension less than the inputs: their shape without the channels' "
-            f"axis. Received: mask.shape={tuple(mask.shape)}, inputs.shape={shape}, axis={axis}. "
-            "Give one truth value for each position."
-        )
-    _check_sizes("mask", tuple(mask.shape), elements, shape)
-    mask = ops.cast(mask, "bool")
+    mask = ops.expand_dims(ops.cast(_checked_mask(ops.convert_to_tensor(mask), shape), "bool"), -1)
     if weights is None:
         return ops.cast(mask, dtype)
     # Not a product: what is masked may be NaN.
     return ops.where(mask, weights, ops.zeros_like(weights))
 
 
+def _checked_mask(mask: Any, shape: tuple[Any, ...]) -> Any:
+    own = tuple(mask.shape)
+    if len(own) != len(shape) - 1 or not _fits(own, shape[:-1]):
+        raise InputError(
+            "A mask requires the inputs' shape without their last axis, as Keras hands it on; "
+            f"sizes of 1 are broadcast. Received: mask.shape={own}, inputs.shape={shape}. Give "
+            "one truth value for each position; where the channels are not last, `weights` takes "
+            "zeros and ones of the inputs' shape without the axis of the channels."
+        )
+    return mask
+
+
 def _aligned(weights: Any, elements: tuple[Any, ...], shape: tuple[Any, ...]) -> Any:
     """Weights of the rank of the elements."""
     own = tuple(weights.shape)
-    if len(own) == 1 and len(elements) > 1:
-        # As Keras reads sample_weight. By the rules of broadcasting it would be the last axis.
-        own = own + (1,) * (len(elements) - 1)
-        weights = ops.reshape(weights, (-1, *own[1:]))
-    elif not own:
-        own = (1,) * len(elements)
-        weights = ops.reshape(weights, own)
-    if len(own) != len(elements):
+    if not own:
+        return ops.reshape(weights, (1,) * len(elements))
+    # As Keras reads sample_weight. By the rules of broadcasting it would be the last axis.
+    padded = own + (1,) * (len(elements) - 1) if len(own) == 1 else own
+    if len(padded) != len(elements) or not _fits(padded, elements):
         raise InputError(
-            "Weights require the inputs' shape without the channels' axis, with 1 for a size that "
-            "is to be broadcast, or one weight for each example. Received: "
-            f"weights.shape={own}, inputs.shape={shape}. Reshape the weights."
+            "Weights require the inputs' shape without the axis of the channels, with 1 for a size "
+            "that is to be broadcast, or one weight for each example, or one for all. Received: "
+            f"weights.shape={own}, inputs.shape={shape}, so that the first would be {elements}. "
+            "Reshape the weights."
         )
-    _check_sizes("weights", own, elements, shape)
-    return weights
+    return weights if len(padded) == len(own) else ops.reshape(weights, (-1, *padded[1:]))
 
 
-def _check_sizes(
-    name: str, own: tuple[Any, ...], elements: tuple[Any, ...], shape: tuple[Any, ...]
-) -> None:
-    for size, wanted in zip(own, elements, strict=True):
-        if size != wanted and size != 1 and size is not None and wanted is not None:
-            raise InputError(
-                f"{name} requires sizes of 1 or of the inputs without their channels, {elements}. "
-                f"Received: {name}.shape={own}, inputs.shape={shape}. A {name} of one dimension "
-                "is for examples; give others the rank of the inputs less one."
-            )
+def _fits(own: tuple[Any, ...], wanted: tuple[Any, ...]) -> bool:
+    """Whether each size is the wanted one, or 1, or either is not known yet."""
+    pairs = zip(own, wanted, strict=True)
+    return all(size in (1, want, None) or want is None for size, want in pairs)
 
 
 def check_values(weights: np.ndarray, layer: str) -> None:

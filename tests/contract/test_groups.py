@@ -182,11 +182,20 @@ def test_virtual_batches_take_one_collective_for_the_moving_statistics():
     assert len(traced(2, make_step(layer), case)) == 2
 
 
-def test_virtual_batches_at_a_large_mean():
-    case = make_case([(512, 4), (300, 4)], offset=1e3)
+@pytest.mark.parametrize(("offset", "tolerance"), [(1e3, 1e-4), (1e4, 1e-3)])
+def test_virtual_batches_at_a_large_mean(offset, tolerance):
+    case = make_case([(512, 4), (300, 4)], offset=offset)
     case = case._replace(options={"virtual_batch_size": 64}, momentum=0.0)
-    variance = observe(case).moving_variances[0]
-    assert np.abs(variance / case.expected().variance - 1).max() <= 1e-4
+    observed, expected = observe(case), case.expected()
+    assert np.abs(observed.moving_variances[0] / expected.variance - 1).max() <= tolerance
+    for own, its in zip(observed.outputs, expected.outputs, strict=True):
+        assert_close("outputs", own, its, 2e-6)
+
+
+def test_a_virtual_batch_larger_than_the_batch_is_the_batch():
+    """And does not take the memory of a larger one."""
+    case = make_case([(2, 16, 16, 8)])._replace(options={"virtual_batch_size": 10**6})
+    assert_equals_one_device(case, observe(case), 2e-6)
 
 
 def test_virtual_batches_need_examples_on_the_first_axis():

@@ -111,6 +111,18 @@ def test_unbiased_moving_variance_is_torch_s(sizes):
     assert_close("outputs", np.concatenate(y), normalized, 5e-6)
 
 
+def test_unbiased_by_a_sum_of_weights_of_about_one_does_not_explode():
+    """n − 1 of normalized weights is a rounding; Bessel's correction is for counts."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(32, 3)).astype("f4")
+    weights = rng.random(32).astype("f4")
+    layer = syncbn.SyncBatchNormalization(momentum=0.0, unbiased_moving_variance=True)
+    layer(x, training=True, weights=weights / weights.sum())
+    mean = np.average(x.astype("f8"), axis=0, weights=weights)
+    biased = np.average((x - mean) ** 2, axis=0, weights=weights)
+    assert_close("moving variance", layer.moving_variance.numpy(), biased, 2e-6)
+
+
 def test_without_the_argument_the_moving_variance_is_biased_as_keras_s():
     layer, train = make(1)
     keras_layer = keras.layers.BatchNormalization()

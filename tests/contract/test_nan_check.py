@@ -73,7 +73,7 @@ def test_it_tells_the_layer_s_state_from_its_input(weight, mode):
     assert "in replica 0: the state of the layer; replica 1: the state of the layer." in str(
         raised.value
     )
-    assert "restore an earlier checkpoint" in str(raised.value)
+    assert "restore a checkpoint" in str(raised.value)
 
 
 def test_both_at_once():
@@ -124,6 +124,12 @@ def test_xla_which_would_leave_it_out_is_refused():
     compiled = tf.function(lambda x: layer(x, training=True), jit_compile=True)
     with pytest.raises(syncbn.UnsupportedFeatureError, match="with jit_compile=False"):
         compiled(case.parts[0])
+
+
+def test_keras_does_not_choose_xla_by_itself_for_a_model_with_the_check():
+    """`compile(jit_compile="auto")` on a GPU asks every layer."""
+    assert not syncbn.SyncBatchNormalization(nan_check=True).supports_jit
+    assert syncbn.SyncBatchNormalization().supports_jit
 
 
 def test_a_model_in_fit_stops_before_its_weights_are_poisoned():

@@ -17,8 +17,8 @@ class Batch(NamedTuple):
 
     inputs: Any  # any rank; floating point
     axis: int  # that of the channels
-    # The inputs' rank less one: every axis but the channels', each of its size or 1. Of a floating
-    # point dtype, not negative; None where every element counts 1.
+    # Of the inputs' rank, each axis of its size or 1. Of a floating point dtype, not negative,
+    # constants for the gradient; None where every element counts 1.
     weights: Any | None
     state: Mapping[str, Any]  # the layer's variables, each of shape (C,), by name
 

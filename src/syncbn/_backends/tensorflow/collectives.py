@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -157,6 +158,7 @@ def exchange(local: Moments, groups: Groups | None = None, fault: Any | None = N
         return Exchanged(local, local, None if fault is None else fault[None])
     as_sums = moments_dtype() == tf.float64
     row = pack_sums(local, xp) if as_sums else pack_row(local, xp)
+    one_count = len(local.count.shape) == 0
     if not as_sums:
         table = _in_slot(row, _this_replica(), replicas)
     elif groups is None:
@@ -169,24 +171,25 @@ def exchange(local: Moments, groups: Groups | None = None, fault: Any | None = N
     total = sum_over_replicas(tf.concat(numbers, axis=0))
     faults = None if fault is None else total[-replicas:]
     table = tf.reshape(total if fault is None else total[:-replicas], table.shape)
-    own, union = (_of_sums if as_sums else _of_table)(table, groups)
+    own, union = (_of_sums if as_sums else _of_table)(table, groups, one_count)
     return Exchanged(own, union, faults)
 
 
-def _of_sums(table: Any, groups: Groups | None) -> tuple[Moments, Moments]:
+def _of_sums(table: Any, groups: Groups | None, one_count: bool) -> tuple[Moments, Moments]:
+    unpack = functools.partial(unpack_sums, xp=xp, one_count=one_count)
     if groups is None:
-        union = unpack_sums(tf.reshape(table, (-1,)), xp)
+        union = unpack(tf.reshape(table, (-1,)))
         return union, union
-    union = unpack_sums(tf.reduce_sum(table, axis=0), xp)
-    return unpack_sums(table[_this_group(groups)], xp), union
+    return unpack(table[_this_group(groups)]), unpack(tf.reduce_sum(table, axis=0))
 
 
-def _of_table(table: Any, groups: Groups | None) -> tuple[Moments, Moments]:
-    union = merge_table(table, xp)
+def _of_table(table: Any, groups: Groups | None, one_count: bool) -> tuple[Moments, Moments]:
+    merge = functools.partial(merge_table, xp=xp, one_count=one_count)
+    union = merge(table)
     if groups is None:
         return union, union
     members = tf.gather(_group_of_each(groups), tf.range(table.shape[0])) == _this_group(groups)
-    return merge_table(tf.where(members[:, None], table, 0.0), xp), union
+    return merge(tf.where(members[:, None], table, 0.0)), union
 
 
 def sum_over_group(vectors: Sequence[Any], groups: Groups | None = None) -> Sequence[Any]:

@@ -70,8 +70,9 @@ def _report(faults: Any, layer: str) -> Any:
             f"Layer {layer} with nan_check=True requires finite numbers. "
             "Received: NaN or infinity in ",
             tf.strings.reduce_join(found, separator="; "),
-            ". Nothing was updated in this step. If it is the input, look at the data and the "
-            "layers before; if it is the state, restore an earlier checkpoint.",
+            ". This call has updated nothing, and no gradient leaves the step; layers before may "
+            "have moved their statistics. If it is the input, or overflows when it is squared, "
+            "look at the data and the layers before; if it is the state, restore a checkpoint.",
         ]
     )
 

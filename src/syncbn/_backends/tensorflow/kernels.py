@@ -7,8 +7,8 @@ Two kernels with the same three functions: `fused`, from TensorFlow's own fused 
 and `composed`, which also serves float64 and can be differentiated any number of times. None of
 them looks beyond its replica.
 
-Weights, where there are any, are a view with one channel. An element of weight 0 does not exist:
-`where` leaves it out, since 0 · NaN is NaN.
+Weights, where there are any, are a view with one channel, or with all of them. An element of weight
+0 does not exist: `where` leaves it out, since 0 · NaN is NaN.
 """
 
 from __future__ import annotations
@@ -107,7 +107,8 @@ def where_counted(weights: Any | None, x: Any) -> Any:
 
 def _weighted_moments(x: Any, weights: Any, dtype: Any) -> Moments:
     """Moments in `dtype` of weighted elements, by sums in the dtype of x."""
-    count = _sum(tf.cast(weights, dtype), dtype)[0]
+    count = _sum(tf.cast(weights, dtype), dtype)
+    count = count[0] if weights.shape[3] == 1 else count
     weights = tf.cast(weights, x.dtype)
     mean = _sum(weights * where_counted(weights, x), dtype) / as_divisor(count, xp)
     return Moments(count, *_about(mean, x, weights, count))

@@ -13,7 +13,6 @@ from syncbn._backends.tensorflow import collectives, health, kernels, virtual
 from syncbn._backends.tensorflow.kernels import CotangentSums, Scaling
 from syncbn._backends.tensorflow.namespace import xp
 from syncbn._backends.tensorflow.views import View
-from syncbn.errors import InputError
 from syncbn.groups import Groups
 from syncbn.moments import Moments, as_divisor
 
@@ -23,12 +22,6 @@ _NOT_DERIVABLE = (
     "Synchronized batch normalization requires reverse-mode differentiation (tf.GradientTape). "
     "Received: forward-mode differentiation or a gradient through tf.vectorized_map, which do not "
     "know its gradient. Use tf.GradientTape, and tf.map_fn in place of tf.vectorized_map."
-)
-
-
-_WEIGHTS_NOT_DERIVABLE = (
-    "Weights of a synchronized batch normalization are constants: there is no gradient of them. "
-    "Received: weights that depend on what is differentiated by. Give tf.stop_gradient(weights)."
 )
 
 
@@ -74,8 +67,8 @@ def normalize(
     collectives.check_owner(state)
     groups = scheme.grouping.over(collectives.replica_count())
     if batch.weights is not None:
-        constant = tf.raw_ops.PreventGradient(input=batch.weights, message=_WEIGHTS_NOT_DERIVABLE)
-        batch = batch._replace(weights=constant)
+        # Not an error for who would derive them: TensorFlow derives a tf.function by all it takes.
+        batch = batch._replace(weights=tf.stop_gradient(batch.weights))
     if scheme.virtual_batch_size is not None:
         return virtual.normalize(batch, scheme, affine)
     (channels,) = state.shape
@@ -93,10 +86,10 @@ def normalize(
     gamma, beta = affine(moments)
     gamma = tf.ones(channels, dtype) if gamma is None else tf.cast(gamma, dtype)
     beta = tf.zeros(channels, dtype) if beta is None else tf.cast(beta, dtype)
-    part = _Part(view, moments, scheme.epsilon, groups)
+    part = _Part(view, moments, weights, scheme.epsilon, groups)
     if scheme.activation is None:
-        return _normalized(part, batch.inputs, gamma, beta, weights), union
-    return _activated(part, scheme.activation, batch.inputs, gamma, beta, weights), union
+        return _normalized(part, batch.inputs, gamma, beta), union
+    return _activated(part, scheme.activation, batch.inputs, gamma, beta), union
 
 
 class _Part(NamedTuple):
@@ -104,45 +97,37 @@ class _Part(NamedTuple):
 
     view: View
     moments: Moments  # of the group
+    weights: Any | None  # as a view
     epsilon: float
     groups: Groups | None
 
 
-def _normalized(part: _Part, inputs: Any, gamma: Any, beta: Any, weights: Any | None) -> Any:
+def _normalized(part: _Part, inputs: Any, gamma: Any, beta: Any) -> Any:
     """The outputs, with a gradient that knows that the moments are those of the inputs."""
 
-    # The weights are an argument so that TensorFlow goes to see whether they can be derived.
     @tf.custom_gradient
-    def normalize(x: Any, gamma: Any, beta: Any, *weights: Any) -> tuple[Any, Any]:
+    def normalize(x: Any, gamma: Any, beta: Any) -> tuple[Any, Any]:
         scaling = Scaling.of(part.moments, gamma, beta, part.epsilon)
         view = part.view
 
         def gradient(dy: Any) -> tuple[Any, ...]:
             dy = tf.convert_to_tensor(dy)  # of tf.gather it is IndexedSlices
-            dx, sums = _gradient(part, view.of_tensor(dy), view.of_tensor(x), scaling, *weights)
-            of_weights = [tf.zeros_like(constant) for constant in weights]
-            return view.to_tensor(dx), sums.normalized, sums.outputs, *of_weights
+            dx, sums = _gradient(part, view.of_tensor(dy), view.of_tensor(x), scaling)
+            return view.to_tensor(dx), sums.normalized, sums.outputs
 
         outputs = kernels.kernel_for(x.dtype).apply(view.of_tensor(x), scaling)
         return view.to_tensor(outputs), gradient
 
-    return normalize(inputs, gamma, beta, *(() if weights is None else (weights,)))
+    return normalize(inputs, gamma, beta)
 
 
-def _activated(
-    part: _Part,
-    activation: Activation,
-    inputs: Any,
-    gamma: Any,
-    beta: Any,
-    weights: Any | None,
-) -> Any:
+def _activated(part: _Part, activation: Activation, inputs: Any, gamma: Any, beta: Any) -> Any:
     """The activation of the outputs, which the backward computes again rather than keep."""
 
     @tf.custom_gradient
     def activate(*arguments: Any) -> tuple[Any, Any]:
-        def forward(x: Any, gamma: Any, beta: Any, *weights: Any) -> Any:
-            return activation(_normalized(part, x, gamma, beta, *weights or (None,)))
+        def forward(x: Any, gamma: Any, beta: Any) -> Any:
+            return activation(_normalized(part, x, gamma, beta))
 
         def gradient(dy: Any) -> tuple[Any, ...]:
             # Later than dy, or the forward's outputs would be found to be the same, and kept.
@@ -161,18 +146,10 @@ def _activated(
 
         return forward(*arguments), gradient
 
-    outputs = activate(inputs, gamma, beta, *(() if weights is None else (weights,)))
-    if not outputs.shape.is_compatible_with(inputs.shape):
-        raise InputError(
-            "activation requires a function that keeps the shape of its argument. Received: "
-            f"{outputs.shape} for {inputs.shape}. Apply it as a layer of its own."
-        )
-    return outputs
+    return activate(inputs, gamma, beta)
 
 
-def _gradient(
-    part: _Part, dy: Any, x: Any, scaling: Scaling, weights: Any | None = None
-) -> tuple[Any, CotangentSums]:
+def _gradient(part: _Part, dy: Any, x: Any, scaling: Scaling) -> tuple[Any, CotangentSums]:
     """The gradient for one replica, by the fast kernels, itself differentiable."""
 
     @tf.custom_gradient
@@ -182,11 +159,11 @@ def _gradient(
             # that TensorFlow can derive. Two more collectives, paid by gradients of gradients only.
             with tf.GradientTape() as tape:
                 tape.watch((dy, x, gamma))
-                local = kernels.composed.moments(x, weights, collectives.moments_dtype())
+                local = kernels.composed.moments(x, part.weights, collectives.moments_dtype())
                 again = collectives.exchange(local, part.groups).own
                 derivable = Scaling.of(again, gamma, scaling.beta, scaling.epsilon)
                 derived = part._replace(moments=again)
-                results = _gradient_by(kernels.composed, derived, dy, x, derivable, weights)
+                results = _gradient_by(kernels.composed, derived, dy, x, derivable)
             return tape.gradient(
                 results,
                 (dy, x, gamma),
@@ -195,7 +172,7 @@ def _gradient(
             )
 
         kernel = kernels.kernel_for(gamma.dtype)
-        return _gradient_by(kernel, part, dy, x, scaling, weights), second_order
+        return _gradient_by(kernel, part, dy, x, scaling), second_order
 
     # What does not depend on dy would else run, and fill memory, as early as in the forward pass.
     with tf.control_dependencies([dy]):
@@ -205,13 +182,13 @@ def _gradient(
 
 
 def _gradient_by(
-    kernel: SimpleNamespace, part: _Part, dy: Any, x: Any, scaling: Scaling, weights: Any | None
+    kernel: SimpleNamespace, part: _Part, dy: Any, x: Any, scaling: Scaling
 ) -> tuple[Any, Any, Any]:
     """dx, and this replica's sums for beta and gamma."""
     # In half precision the three terms of dx would each be rounded, and their small sum lost.
     dtype = scaling.gamma.dtype
-    wide_dy = kernels.where_counted(weights, tf.cast(dy, dtype))
-    wide_x = kernels.where_counted(weights, tf.cast(x, dtype))
+    wide_dy = kernels.where_counted(part.weights, tf.cast(dy, dtype))
+    wide_x = kernels.where_counted(part.weights, tf.cast(x, dtype))
     scaled, sums = kernel.backward(wide_dy, wide_x, scaling)
     total = CotangentSums(*collectives.sum_over_group(sums, part.groups))
     divisor = tf.cast(as_divisor(part.moments.count, xp), dtype)
@@ -220,8 +197,8 @@ def _gradient_by(
     correction = kernel.apply(
         wide_x, scaling._replace(gamma=-factor * total.normalized, beta=-factor * total.outputs)
     )
-    if weights is not None:
-        correction *= tf.cast(weights, dtype)
+    if part.weights is not None:
+        correction *= tf.cast(part.weights, dtype)
     return tf.cast(scaled + correction, x.dtype), sums.outputs, sums.normalized
 
 

@@ -28,23 +28,28 @@ def normalize(
         The outputs, and the moments of the union of all examples of all replicas; one collective.
     """
     layout = _Layout.of(batch, scheme.virtual_batch_size or 1)
-    moments, mean, variance = _moments(layout)
+    moments, rough, rest = _moments(layout)
     dtype = collectives.moments_dtype()
-    rows = [tf.cast(part, dtype) for part in moments]
-    local = merge_table(tf.concat([rows[0][:, None], *rows[1:]], axis=1), xp)
+    channels = layout.x.shape[-1]
+    # A row for each virtual batch, of which only the count and the channels are left.
+    rows = [tf.reshape(part, (-1, part.shape[-1])) for part in moments]
+    table = tf.concat([tf.cast(part, dtype) for part in rows], axis=1)
+    local = merge_table(table, xp, one_count=rows[0].shape[1] == 1)
     _, union = health.exchange(local, None, batch.state, scheme.checked_layer)
     gamma, beta = affine(union)
-    scale = tf.math.rsqrt(variance + scheme.epsilon)
+    scale = tf.math.rsqrt(moments.variance(xp) + scheme.epsilon)
     if gamma is not None:
         scale *= tf.cast(gamma, scale.dtype)
-    offset = tf.zeros((), scale.dtype) if beta is None else tf.cast(beta, scale.dtype)
-
-    def apply(x: Any) -> Any:
-        return (x - mean) * scale + offset
+    offset = tf.zeros(channels, scale.dtype) if beta is None else tf.cast(beta, scale.dtype)
+    # The mean is in two parts: `x − rough` is exact where the mean is large.
+    offset -= rest * scale
 
     # What is masked gets an output by the statistics, and no gradient goes through it.
-    kept = layout.weights > 0
-    outputs = tf.where(kept, apply(layout.counted()), tf.stop_gradient(apply(layout.x)))
+    outputs = tf.where(
+        layout.weights > 0,
+        (layout.counted() - rough) * scale + offset,
+        tf.stop_gradient((layout.x - rough) * scale + offset),
+    )
     outputs = layout.restored(tf.cast(outputs, batch.inputs.dtype))
     return (outputs if scheme.activation is None else scheme.activation(outputs)), union
 
@@ -52,8 +57,8 @@ def normalize(
 class _Layout(NamedTuple):
     """The examples by virtual batch, filled up with elements of weight 0."""
 
-    x: Any  # shape (virtual batches, elements, channels)
-    weights: Any  # shape (virtual batches, elements, 1)
+    x: Any  # shape (virtual batches, examples of one, …, channels)
+    weights: Any  # the same, but 1 or all channels
     restored: Callable[[Any], Any]  # from the shape of x to that of the inputs
 
     @classmethod
@@ -71,26 +76,27 @@ class _Layout(NamedTuple):
         from_last = [*range(axis), rank - 1, *range(axis, rank - 1)]
         x = tf.transpose(tf.cast(batch.inputs, dtype), to_last)
         (channels,) = next(iter(batch.state.values())).shape
-        shape = tf.concat([tf.shape(x)[:-1], [channels]], axis=0)
-        examples, elements = shape[0], tf.reduce_prod(shape[1:-1])
-        weights = tf.ones((), dtype) if batch.weights is None else tf.cast(batch.weights, dtype)
+        examples, spatial = tf.shape(x)[0], tf.shape(x)[1:-1]
+        weights = tf.ones([1] * rank, dtype)
+        if batch.weights is not None:
+            weights = tf.transpose(tf.cast(batch.weights, dtype), to_last)
+        width = 1 if weights.shape[-1] == 1 else channels
+        # No more than there are, or the batch would be filled up to any size.
+        size = tf.minimum(size, tf.maximum(examples, 1))
         missing = -examples % size
 
-        def by_batch(tensor: Any, channels: int) -> Any:
-            flat = tf.pad(
-                tf.reshape(tensor, (examples, elements, channels)), [[0, missing], [0, 0], [0, 0]]
-            )
-            batches = (examples + missing) // size
-            return tf.reshape(flat, (batches, size * elements, channels))
+        def by_batch(tensor: Any, width: int) -> Any:
+            tensor = tf.broadcast_to(tensor, tf.concat([[examples], spatial, [width]], axis=0))
+            tensor = tf.pad(tensor, [[0, missing]] + [[0, 0]] * (rank - 1))
+            split = tf.concat([[(examples + missing) // size, size], spatial, [width]], axis=0)
+            return tf.ensure_shape(tf.reshape(tensor, split), [None] * rank + [width])
 
         def restored(y: Any) -> Any:
-            y = tf.reshape(y, (examples + missing, elements, channels))[:examples]
-            y = tf.transpose(tf.reshape(y, shape), from_last)
+            y = tf.reshape(y, tf.concat([[examples + missing], spatial, [channels]], axis=0))
+            y = tf.transpose(y[:examples], from_last)
             return tf.ensure_shape(y, batch.inputs.shape)
 
-        return cls(
-            by_batch(x, channels), by_batch(tf.broadcast_to(weights, shape[:-1]), 1), restored
-        )
+        return cls(by_batch(x, channels), by_batch(weights, width), restored)
 
     def counted(self) -> Any:
         """The examples with 0 where nothing counts."""
@@ -98,10 +104,13 @@ class _Layout(NamedTuple):
 
 
 def _moments(layout: _Layout) -> tuple[Moments, Any, Any]:
-    """Moments a row for each virtual batch, and its mean and variance, shape (batches, 1, C)."""
+    """Moments of each virtual batch, shape (batches, 1, …, C), and the two parts of the mean."""
 
     def total(values: Any) -> Any:
-        return tf.reduce_sum(values, axis=1, keepdims=True)
+        # Axis by axis: one float32 sum over all of them would lose digits.
+        for axis in reversed(range(1, values.shape.rank - 1)):
+            values = tf.reduce_sum(values, axis=axis, keepdims=True)
+        return values
 
     count = total(layout.weights)
     divisor = as_divisor(count, xp)
@@ -109,7 +118,5 @@ def _moments(layout: _Layout) -> tuple[Moments, Any, Any]:
     rough = tf.stop_gradient(total(layout.weights * layout.counted()) / divisor)
     deviations = tf.where(layout.weights > 0, layout.x - rough, tf.zeros((), rough.dtype))
     rest = total(layout.weights * deviations) / divisor
-    variance = tf.maximum(total(layout.weights * tf.square(deviations)) / divisor - rest**2, 0)
-    mean = rough + rest
-    rows = Moments(count[:, 0, 0], mean[:, 0], (variance * count)[:, 0])
-    return rows, mean, variance
+    m2 = total(layout.weights * tf.square(deviations)) - count * tf.square(rest)
+    return Moments(count, rough + rest, tf.maximum(m2, 0)), rough, rest
