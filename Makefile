@@ -54,6 +54,7 @@ format: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/layer.py --output benchmarks/results/layer.json
+	$(BIN)/python benchmarks/features.py --output benchmarks/results/features.json
 
 test-models: $(READY)
 	$(BIN)/python -m pytest -m models

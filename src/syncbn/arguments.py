@@ -3,13 +3,29 @@
 from __future__ import annotations
 
 import numbers
+from collections.abc import Mapping
 from typing import Any
 
 import keras
 
 from syncbn.errors import InputError
 
-__all__ = ["activation_function", "checked_renorm_momentum", "checked_virtual_batch_size"]
+__all__ = [
+    "activation_function",
+    "checked_renorm_momentum",
+    "checked_virtual_batch_size",
+    "refuse_synchronized",
+]
+
+
+def refuse_synchronized(arguments: Mapping[str, Any]) -> None:
+    """Raise a TypeError for the one argument of Keras's layer that makes no sense here."""
+    if "synchronized" in arguments:
+        raise TypeError(
+            "SyncBatchNormalization takes the arguments of keras.layers.BatchNormalization "
+            f"but `synchronized`. Received: synchronized={arguments['synchronized']!r}. Remove "
+            "it: this layer always synchronizes."
+        )
 
 
 def checked_virtual_batch_size(size: Any, **others: Any) -> int | None:

@@ -15,6 +15,7 @@ from syncbn.arguments import (
     activation_function,
     checked_renorm_momentum,
     checked_virtual_batch_size,
+    refuse_synchronized,
 )
 from syncbn.groups import Grouping
 from syncbn.moments import Moments
@@ -147,12 +148,7 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
         nan_check: bool = False,
         **kwargs: Any,
     ) -> None:
-        if "synchronized" in kwargs:
-            raise TypeError(
-                "SyncBatchNormalization takes the arguments of keras.layers.BatchNormalization "
-                f"but `synchronized`. Received: synchronized={kwargs['synchronized']!r}. Remove "
-                "it: this layer always synchronizes."
-            )
+        refuse_synchronized(kwargs)
         # Keras would round weights to the compute dtype as well; `call` casts the inputs alone.
         casts_inputs = kwargs.pop("autocast", True)
         super().__init__(
@@ -176,28 +172,33 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
         # class, whose constructor refuses it on other backends and serializes it.
         self.synchronized = True
         self._casts_inputs = casts_inputs
-        if momentum is None:
-            self.momentum = None
-        # Nor these: Keras knows them since 3.13 only, and its errors name no values.
-        self._clipping = Clipping.of(renorm_clipping if renorm else None)
-        self.renorm = renorm
-        self.renorm_clipping = dict(renorm_clipping or {}) if renorm else renorm_clipping
-        self.renorm_momentum = checked_renorm_momentum(renorm_momentum)
-        self._grouping = Grouping.of(group_size, group_assignment)
-        self.group_size = self._grouping.size
-        self.group_assignment = group_assignment and [list(g) for g in group_assignment]
-        self.virtual_batch_size = checked_virtual_batch_size(
-            virtual_batch_size,
-            group_size=group_size,
-            group_assignment=group_assignment,
-            renorm=renorm or None,
-        )
+        self.momentum = None if momentum is None else float(momentum)
+        self._set_renorm(renorm, renorm_clipping, renorm_momentum)
+        self._set_groups(group_size, group_assignment, virtual_batch_size)
         self.unbiased_moving_variance = unbiased_moving_variance
         self.activation = activation_function(activation)
         self.nan_check = nan_check
-        if nan_check:
-            # XLA leaves assertions out. So `compile(jit_compile="auto")` does not choose it.
-            self.supports_jit = False
+        # XLA leaves assertions out. So `compile(jit_compile="auto")` does not choose it.
+        self.supports_jit = self.supports_jit and not nan_check
+
+    def _set_renorm(
+        self, renorm: bool, clipping: Mapping[str, float] | None, momentum: float
+    ) -> None:
+        """Not by the base class: Keras knows it since 3.13 only, and its errors name no values."""
+        self._clipping = Clipping.of(clipping if renorm else None)
+        self.renorm = renorm
+        self.renorm_clipping = dict(clipping or {}) if renorm else clipping
+        self.renorm_momentum = checked_renorm_momentum(momentum)
+
+    def _set_groups(
+        self, size: int | None, assignment: Sequence[Sequence[int]] | None, virtual: int | None
+    ) -> None:
+        self.virtual_batch_size = checked_virtual_batch_size(
+            virtual, group_size=size, group_assignment=assignment, renorm=self.renorm or None
+        )
+        self._grouping = Grouping.of(size, assignment)
+        self.group_size = self._grouping.size
+        self.group_assignment = assignment and [list(group) for group in assignment]
 
     def build(self, input_shape: Any) -> None:
         """Make the weights: Keras's, in its order, then those of this layer's own arguments."""

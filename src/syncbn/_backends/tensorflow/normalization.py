@@ -63,15 +63,23 @@ def normalize(
     References:
         Ioffe, Szegedy, "Batch Normalization", arXiv:1502.03167, 2015 (the gradient: section 3).
     """
-    state = next(iter(batch.state.values()))
-    collectives.check_owner(state)
+    collectives.check_owner(next(iter(batch.state.values())))
     groups = scheme.grouping.over(collectives.replica_count())
     if batch.weights is not None:
         # Not an error for who would derive them: TensorFlow derives a tf.function by all it takes.
         batch = batch._replace(weights=tf.stop_gradient(batch.weights))
     if scheme.virtual_batch_size is not None:
         return virtual.normalize(batch, scheme, affine)
-    (channels,) = state.shape
+    return _by_groups(batch, scheme, affine, groups)
+
+
+def _by_groups(
+    batch: Batch,
+    scheme: Scheme,
+    affine: Callable[[Moments], tuple[Any | None, Any | None]],
+    groups: Groups | None,
+) -> tuple[Any, Moments]:
+    (channels,) = next(iter(batch.state.values())).shape
     view = View.of(batch.inputs, batch.axis, channels)
     # The gradient below is that of the statistics too. Whoever would take one here, past it, must
     # not find a constant: forward-mode differentiation and tf.vectorized_map look inside.
