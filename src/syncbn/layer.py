@@ -179,7 +179,7 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
         self.activation = activation_function(activation)
         self.nan_check = nan_check
         # XLA leaves assertions out. So `compile(jit_compile="auto")` does not choose it.
-        self.supports_jit = self.supports_jit and not nan_check
+        self.supports_jit = not nan_check
 
     def _set_renorm(
         self, renorm: bool, clipping: Mapping[str, float] | None, momentum: float
