@@ -175,6 +175,47 @@ def test_every_call_of_a_shared_layer_in_one_step_counts_in_order(replicas, mode
     assert_moved(layer, mean, variance)
 
 
+@pytest.mark.parametrize("momentum", [0.9, None])
+def test_renormalization_over_steps_on_replicas_is_that_of_one_device(momentum):
+    """Its corrections come from its own moving statistics, which the steps before have moved."""
+    clipping = {"rmax": 1.5, "rmin": 0.6, "dmax": 0.8}
+    arguments = {"renorm": True, "renorm_clipping": clipping, "renorm_momentum": 0.7}
+    layer, train = make(3, momentum=momentum, **arguments)
+    expected, steps = Renormalized(momentum, clipping), batches((7, 0, 4), 4)
+    for parts in steps:
+        outputs = local_results(strategy_for(3), train(parts))
+        its = expected.step(np.concatenate(parts).astype("f8"), renorm_momentum=0.7)
+        assert_close("outputs", np.concatenate(outputs), its, 5e-6)
+    assert_close("renorm mean", layer.renorm_mean.numpy(), expected.mean, 2e-6)
+    assert_close("renorm deviation", layer.renorm_stddev.numpy(), expected.stddev, 2e-6)
+    assert_moved(layer, expected.moving_mean, expected.moving_stddev**2 - 1e-3)
+    for weight in (layer.renorm_mean, layer.renorm_stddev, layer.moving_stddev):
+        copies = local_results(strategy_for(3), weight.value)
+        assert len({copy.tobytes() for copy in copies}) == 1
+
+
+class Renormalized:
+    """Batch renormalization over several steps on one device, in float64."""
+
+    def __init__(self, momentum, clipping):
+        self.momentum, self.clipping, self.steps = momentum, clipping, 0
+        self.mean, self.stddev = np.zeros(3), np.ones(3)
+        self.moving_mean, self.moving_stddev = np.zeros(3), np.ones(3)
+
+    def step(self, x, renorm_momentum):
+        renorm = oracle.Renorm(self.mean, self.stddev, **self.clipping)
+        ones, zeros = np.ones(3), np.zeros(3)
+        result = oracle.batch_normalization([x], [x], -1, ones, zeros, 1e-3, renorm=renorm)
+        stddev = np.sqrt(result.variance + 1e-3)
+        keep = self.steps / (self.steps + 1) if self.momentum is None else self.momentum
+        self.steps += 1
+        self.mean = oracle.moved(self.mean, result.mean, renorm_momentum)
+        self.stddev = oracle.moved(self.stddev, stddev, renorm_momentum)
+        self.moving_mean = oracle.moved(self.moving_mean, result.mean, keep)
+        self.moving_stddev = oracle.moved(self.moving_stddev, stddev, keep)
+        return result.outputs[0]
+
+
 def test_batches_are_counted_beyond_what_a_float_could_count():
     layer, train = make(1, momentum=None)
     layer.num_batches_tracked.assign(2**24)
