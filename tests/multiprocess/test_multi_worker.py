@@ -30,3 +30,9 @@ def test_two_workers_give_what_one_device_gives(workers, name):
 @pytest.mark.parametrize("name", [name for name, (_, mode) in CASES.items() if mode == "graph"])
 def test_each_worker_issues_one_collective_each_way(workers, name):
     assert [int(worker[f"{name}/collectives"]) for worker in workers] == [COLLECTIVES[name]] * 2
+
+
+def test_a_nan_on_one_worker_stops_both_with_the_same_words(workers):
+    """None is left waiting for a peer that has stopped."""
+    for worker in workers:
+        assert "Received: NaN or infinity in replica 1: its input." in str(worker["stopped"])

@@ -12,8 +12,18 @@ os.environ["KERAS_BACKEND"] = "tensorflow"
 import numpy as np
 import tensorflow as tf
 
-from tests.harness import prepare, take
+from tests.harness import make_case, prepare, take
 from tests.multiprocess.workers.cases import CASES
+
+
+def message_of_a_nan_on_the_second_worker(strategy: tf.distribute.Strategy) -> str:
+    case = make_case([(5, 4), (6, 4)])._replace(options={"nan_check": True})
+    case.parts[1][2, 3] = np.nan
+    try:
+        take(prepare(case, strategy=strategy, unknown_sizes=False))
+    except tf.errors.InvalidArgumentError as error:
+        return str(error)
+    return "nothing was found"
 
 
 def main(folder: Path) -> None:
@@ -34,6 +44,7 @@ def main(folder: Path) -> None:
             graph = prepared.run.get_concrete_function(**prepared.values).graph
             reduces = [op for op in graph.get_operations() if op.type.startswith("Collective")]
             arrays[f"{name}/collectives"] = np.array(len(reduces))
+    arrays["stopped"] = np.array(message_of_a_nan_on_the_second_worker(strategy))
     np.savez(folder / f"worker{worker}.npz", **arrays)
 
 
