@@ -110,14 +110,15 @@ def _weighted_moments(x: Any, weights: Any, dtype: Any) -> Moments:
     count = _sum(tf.cast(weights, dtype), dtype)
     count = count[0] if weights.shape[3] == 1 else count
     weights = tf.cast(weights, x.dtype)
-    mean = _sum(weights * where_counted(weights, x), dtype) / as_divisor(count, xp)
+    x = where_counted(weights, x)
+    mean = _sum(weights * x, dtype) / as_divisor(count, xp)
     return Moments(count, *_about(mean, x, weights, count))
 
 
 def _about(mean: Any, x: Any, weights: Any | None, count: Any) -> tuple[Any, Any]:
     """Mean and sum of squared deviations in the dtype of a mean that is nearly right."""
     rough = tf.cast(mean, x.dtype)
-    deviations = where_counted(weights, x - rough)
+    deviations = x - rough
     weighted = deviations if weights is None else weights * deviations
     rest = _sum(weighted, mean.dtype) / as_divisor(count, xp)
     m2 = _sum(weighted * deviations, mean.dtype) - count * rest * rest
