@@ -5,7 +5,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.harness import make_case, observe
+import tensorflow as tf
+from tests.harness import (
+    assert_close,
+    assert_equals_one_device,
+    make_case,
+    make_layer,
+    observe,
+    prepare,
+    strategy_for,
+    take,
+)
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "accuracy.md").read_text()
@@ -92,3 +102,28 @@ def test_the_errors_at_large_means_are_those_of_the_page(offset, monkeypatch):
         assert measured <= 3 * number
     for measured, number in ((theirs[0], said[0]), (theirs[1], said[2])):
         assert measured >= number / 3
+
+
+def test_the_limit_of_float64_on_replicas_at_large_means():
+    case = make_case([(512, 4), (300, 4)], offset=1e3, dtype="float64")._replace(momentum=0.0)
+    variance = observe(case).moving_variances[0]
+    assert np.abs(variance / case.expected().variance - 1).max() <= 1e-9
+
+
+@pytest.mark.parametrize(("known", "tolerance"), [(True, 2e-6), (False, 1e-5)])
+def test_the_limit_of_very_many_examples_of_a_dense_layer(known, tolerance):
+    case = make_case([(65536, 16)])
+    prepared = prepare(case, unknown_sizes=False)
+    spec = tf.TensorSpec((65536 if known else None, 16), tf.float32)
+    run = prepared.run.get_concrete_function(x=spec, dy=spec)
+    assert_equals_one_device(case, take(prepared._replace(run=run)), tolerance)
+
+
+def test_the_limit_of_xla_at_large_means():
+    case = make_case([(512, 4)], offset=1e4)._replace(momentum=0.0)
+    layer = make_layer(case, strategy_for(1))
+    compiled = tf.function(lambda x: layer(x, training=True), jit_compile=True, autograph=False)
+    expected = case.expected()
+    difference = np.abs(compiled(case.parts[0]).numpy() - expected.outputs[0])
+    assert difference.max() <= 1e-3
+    assert_close("variance", layer.moving_variance.numpy(), expected.variance, 5e-6)
