@@ -1,5 +1,6 @@
 """One TensorFlow for the whole run: eight virtual CPU devices, and the mutant that is asked for."""
 
+import inspect
 import os
 
 os.environ["KERAS_BACKEND"] = "tensorflow"
@@ -32,5 +33,7 @@ def _fresh_keras_names():
     import keras
 
     # Freeing memory is a whole garbage collection, a second a test once TensorFlow has graphs.
-    keras.backend.clear_session(free_memory=False)
+    # Before Keras 3.3 nothing is freed, and there is no such argument.
+    known = inspect.signature(keras.backend.clear_session).parameters
+    keras.backend.clear_session(**({"free_memory": False} if "free_memory" in known else {}))
     keras.utils.set_random_seed(0)

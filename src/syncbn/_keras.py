@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import keras
 
 __all__ = [
     "aggregates_assignments",
+    "excludes_from_autocast",
     "in_symbolic_scope",
     "without_autocast",
 ]
@@ -19,6 +21,11 @@ def aggregates_assignments() -> bool:
     Before, Keras takes the argument, but neither "none" nor any effect of the others.
     """
     return hasattr(keras.Variable, "_map_aggregation")
+
+
+def excludes_from_autocast() -> bool:
+    """Whether `add_weight(autocast=…)` is an argument: Keras 3.0 does not have it."""
+    return "autocast" in inspect.signature(keras.layers.Layer.add_weight).parameters
 
 
 def in_symbolic_scope() -> bool:

@@ -7,7 +7,8 @@ depend on a framework, and is the same on every replica and worker.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, NoReturn
+from dataclasses import dataclass
+from typing import Any, NoReturn
 
 from syncbn.errors import InputError
 
@@ -16,8 +17,12 @@ __all__ = ["Grouping", "Groups"]
 Groups = tuple[tuple[int, ...], ...]
 
 
-class Grouping(NamedTuple):
-    """The partition as it was asked for, before it is known how many replicas there are."""
+@dataclass(frozen=True)
+class Grouping:
+    """The partition as it was asked for, before it is known how many replicas there are.
+
+    Not a named tuple: Keras 3.0 copies one that a layer holds, all its values into the first field.
+    """
 
     size: int | None = None  # consecutive groups of so many replicas
     assignment: Groups | None = None  # or these replicas, group by group

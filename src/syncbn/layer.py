@@ -10,7 +10,12 @@ from keras import ops
 
 from syncbn import _backends
 from syncbn._backends.interface import Batch, Scheme
-from syncbn._keras import aggregates_assignments, in_symbolic_scope, without_autocast
+from syncbn._keras import (
+    aggregates_assignments,
+    excludes_from_autocast,
+    in_symbolic_scope,
+    without_autocast,
+)
 from syncbn.arguments import (
     activation_function,
     checked_renorm_momentum,
@@ -225,6 +230,9 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
         """
         if aggregates_assignments():
             kwargs.setdefault("aggregation", "none")
+        if not excludes_from_autocast():
+            # Nothing is lost: `call` reads the weights as they are stored.
+            kwargs.pop("autocast", None)
         return super().add_weight(*args, **kwargs)
 
     def call(

@@ -15,7 +15,8 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from dataclasses import dataclass, fields
+from typing import Any
 
 from syncbn.errors import InputError
 from syncbn.moments import Moments
@@ -23,8 +24,12 @@ from syncbn.moments import Moments
 __all__ = ["Clipping", "corrections"]
 
 
-class Clipping(NamedTuple):
-    """`r` is clipped to [rmin, rmax] and `d` to [−dmax, dmax]; None leaves a side open."""
+@dataclass(frozen=True)
+class Clipping:
+    """`r` is clipped to [rmin, rmax] and `d` to [−dmax, dmax]; None leaves a side open.
+
+    Not a named tuple: Keras 3.0 copies one that a layer holds, all its values into the first field.
+    """
 
     rmax: float | None = None
     rmin: float | None = None
@@ -37,16 +42,17 @@ class Clipping(NamedTuple):
         Raises:
             InputError: an unknown key, something that is no number, an empty range.
         """
+        names = sorted(field.name for field in fields(cls))
         if not isinstance(clipping, Mapping | None):
             raise InputError(
-                f"renorm_clipping requires a dictionary with keys of {sorted(cls._fields)}. "
+                f"renorm_clipping requires a dictionary with keys of {names}. "
                 f"Received: renorm_clipping={clipping!r}. Give for example {{'rmax': 3.0}}."
             )
         given = dict(clipping or {})
-        unknown = sorted(map(str, set(given) - set(cls._fields)))
+        unknown = sorted(map(str, set(given) - set(names)))
         if unknown:
             raise InputError(
-                f"renorm_clipping requires keys of {sorted(cls._fields)}. Received: {unknown} in "
+                f"renorm_clipping requires keys of {names}. Received: {unknown} in "
                 f"renorm_clipping={given!r}. Remove or rename them."
             )
         wrong = {name: limit for name, limit in given.items() if not _is_limit(limit)}

@@ -1,5 +1,6 @@
 """On one device, argument by argument: what keras.layers.BatchNormalization gives, where right."""
 
+import functools
 import itertools
 
 import keras
@@ -41,6 +42,17 @@ INITIALIZERS = {
     "moving_mean_initializer": keras.initializers.Constant(0.25),
     "moving_variance_initializer": keras.initializers.Constant(2.0),
 }
+
+
+@functools.cache
+def keras_counts_all_that_a_mask_leaves():
+    """Older Keras, 3.7 too, counts one element for all that a mask's truth value stands for.
+
+    That is right where the channels are last alone: elsewhere its mean of ones is more than one.
+    """
+    layer = keras.layers.BatchNormalization(axis=1, momentum=0.0)
+    layer(np.ones((1, 2, 3), "f4"), training=True, mask=np.ones((1, 2), bool))
+    return bool(np.all(layer.moving_mean.numpy() < 2))
 
 
 def train(layer, case, mask, trainable=True):
@@ -106,7 +118,8 @@ def test_with_a_mask_it_is_keras_s(dtype, renorm):
     if RENORM[renorm] and not KERAS_HAS_RENORM:
         pytest.skip("Keras before 3.13 has no renorm to compare with")
     for arguments in GRID if dtype == "float32" else GRID[::5]:
-        assert_same(arguments | RENORM[renorm], dtype, masked=True)
+        if arguments["axis"] == -1 or keras_counts_all_that_a_mask_leaves():
+            assert_same(arguments | RENORM[renorm], dtype, masked=True)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

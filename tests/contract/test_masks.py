@@ -365,12 +365,13 @@ def test_keras_synchronized_with_a_mask_is_local():
     layer = make_layer(
         case, strategy, layer_class=keras.layers.BatchNormalization, synchronized=True
     )
-    strategy.run(
+    outputs = strategy.run(
         lambda x, mask: layer(x, training=True, mask=mask),
         args=(per_replica(strategy, case.parts), per_replica(strategy, case.masks)),
     )
-    means = local_results(strategy, layer.moving_mean.value)
-    assert np.abs(means[0] - means[1]).min() > 0.5
+    # Not by the moving means: Keras 3.7 averages those over the replicas when they are assigned.
+    for own, mask in zip(local_results(strategy, outputs), case.masks, strict=True):
+        assert_close("mean of a replica's outputs", own[mask].mean(axis=0), case.beta, 1e-4)
     assert_equals_one_device(case, observe(case), 2e-6)
 
 
