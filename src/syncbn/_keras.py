@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from typing import Any
 
 import keras
+import numpy as np
 
 __all__ = [
     "aggregates_assignments",
+    "casts_arrays_unasked",
     "excludes_from_autocast",
     "in_symbolic_scope",
     "without_autocast",
@@ -21,6 +24,18 @@ def aggregates_assignments() -> bool:
     Before, Keras takes the argument, but neither "none" nor any effect of the others.
     """
     return hasattr(keras.Variable, "_map_aggregation")
+
+
+@functools.cache
+def casts_arrays_unasked() -> bool:
+    """Whether Keras casts the NumPy arrays among a call's arguments also with `autocast=False`.
+
+    Keras 3.0 does, to the layer's `input_dtype`.
+    """
+    converted = keras.DTypePolicy("mixed_float16").convert_input(
+        np.zeros((), "float32"), autocast=False, dtype="float16"
+    )
+    return bool(keras.backend.standardize_dtype(converted.dtype) == "float16")
 
 
 def excludes_from_autocast() -> bool:

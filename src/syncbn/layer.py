@@ -12,6 +12,7 @@ from syncbn import _backends
 from syncbn._backends.interface import Batch, Scheme
 from syncbn._keras import (
     aggregates_assignments,
+    casts_arrays_unasked,
     excludes_from_autocast,
     in_symbolic_scope,
     without_autocast,
@@ -234,6 +235,12 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
             # Nothing is lost: `call` reads the weights as they are stored.
             kwargs.pop("autocast", None)
         return super().add_weight(*args, **kwargs)
+
+    @property
+    def input_dtype(self) -> str:
+        """The dtype that Keras converts inputs to; here `call` does so, with the inputs alone."""
+        # What Keras casts all the same, `weights` too, is not to lose a digit on the way.
+        return "float64" if casts_arrays_unasked() else str(super().input_dtype)
 
     def call(
         self,

@@ -62,7 +62,9 @@ def train(layer, case, mask, trainable=True):
     results = []
     for step in range(STEPS + 1):
         x = tf.constant(case.parts[0] * (step + 1) + step)
-        variables = [v for v in (layer.gamma, layer.beta) if v is not None]
+        # Before Keras 3.5 the attribute is missing without the weight.
+        variables = [getattr(layer, name, None) for name in ("gamma", "beta")]
+        variables = [v for v in variables if v is not None]
         with tf.GradientTape() as tape:
             tape.watch(x)
             y = layer(x, training=step < STEPS, mask=mask)
