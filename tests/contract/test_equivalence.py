@@ -171,6 +171,13 @@ def test_without_beta_or_gamma(center, scale):
     assert_equals_one_device(case, observed, TOLERANCE["float32"])
 
 
+def test_inputs_of_rank_one_are_one_element_a_channel():
+    layer = syncbn.SyncBatchNormalization(momentum=0.0)
+    layer.build((3,))
+    np.testing.assert_array_equal(layer.call(tf.constant([1.0, 2.0, 3.0]), training=True), [0] * 3)
+    np.testing.assert_array_equal(layer.moving_mean.numpy(), [1.0, 2.0, 3.0])
+
+
 @pytest.mark.parametrize("split", [(1, 0), (1, 1), (0, 2)])
 def test_one_or_two_elements_in_all(split):
     # Two elements normalize to ±1 whatever they are: float64, as dx is a thousandth of its terms.

@@ -69,6 +69,8 @@ def _fold(sizes: list[Any], channels: int) -> Any:
     They must divide the elements, which of sizes that are unknown only the sizes themselves do, and
     of a number of examples its power of two.
     """
+    if not sizes:
+        return 1
     examples, *spatial = sizes
     if not all(isinstance(size, int) for size in spatial):
         return tf.maximum(spatial[-1], 1)
@@ -80,7 +82,7 @@ def _fold(sizes: list[Any], channels: int) -> Any:
         # Dense layers: batches that large are rare, and what follows costs small ones a tenth.
         return fold
     wanted = examples * (elements // fold) // _ELEMENTS_A_SUM
-    # Twice the powers of two up to what is wanted, or it is cut to half of it.
+    # The power of two above what is wanted, as far as the number of examples has it as a divisor.
     powers = [tf.cast(wanted >= 2**power, examples.dtype) for power in range(8)]
     largest = tf.bitwise.left_shift(tf.ones_like(examples), tf.add_n(powers))
     return fold * tf.maximum(tf.minimum(largest, tf.bitwise.bitwise_and(examples, -examples)), 1)
