@@ -15,7 +15,7 @@ help:
 	@echo "make test           lint, types and the whole suite"
 	@echo "make format         rewrite the code in the house's format"
 	@echo "make bench          measure the layer against Keras's"
-	@echo "make test-models    branched models of keras.applications on two workers (7 minutes)"
+	@echo "make test-models    branched models of keras.applications on two workers (4 minutes)"
 	@echo "make test-versions  the contract on older TensorFlow and Keras (30 minutes)"
 	@echo "make lock           resolve requirements.in into requirements.lock"
 	@echo "make clean          remove .venv and every cache"
