@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 # Before TensorFlow: it sets the environment.
-from layer import interleaved, make_step_of
+from layer import in_training, interleaved, make_step, show
 
 import keras  # isort: skip
 import numpy as np
@@ -29,11 +29,6 @@ SHAPES = ((16, 56, 56, 64), (64, 50, 128))
 REPLICAS = 4
 
 Variant = tuple[keras.layers.Layer, Callable[[keras.layers.Layer, Any], Any]]
-
-
-def plain(layer: keras.layers.Layer, x: Any) -> Any:
-    """The layer alone."""
-    return layer(x, training=True)
 
 
 def with_relu_behind(layer: keras.layers.Layer, x: Any) -> Any:
@@ -54,18 +49,18 @@ def comparisons(shape: tuple[int, ...]) -> dict[str, dict[str, Variant]]:
         "mask": {
             "keras_masked_local": (keras.layers.BatchNormalization(), with_mask),
             "syncbn_masked": (ours(), with_mask),
-            "syncbn_without_mask": (ours(), plain),
+            "syncbn_without_mask": (ours(), in_training),
         },
         "activation": {
             "relu_behind": (ours(), with_relu_behind),
-            "relu_inside": (ours(activation="relu"), plain),
+            "relu_inside": (ours(activation="relu"), in_training),
         },
         "groups": {
-            "one_group": (ours(), plain),
-            "groups_of_two": (ours(group_size=2), plain),
-            "virtual_batches_of_4": (ours(virtual_batch_size=4), plain),
-            "renorm": (ours(renorm=True), plain),
-            "nan_check": (ours(nan_check=True), plain),
+            "one_group": (ours(), in_training),
+            "groups_of_two": (ours(group_size=2), in_training),
+            "virtual_batches_of_4": (ours(virtual_batch_size=4), in_training),
+            "renorm": (ours(renorm=True), in_training),
+            "nan_check": (ours(nan_check=True), in_training),
         },
     }
 
@@ -78,7 +73,7 @@ def measure(shape: tuple[int, ...], rounds: int) -> dict[str, dict[str, dict[str
         variants_by_name = comparisons(shape)
     for name, variants in variants_by_name.items():
         steps = {
-            variant: make_step_of(strategy, layer, shape, call)
+            variant: make_step(strategy, layer, shape, call)
             for variant, (layer, call) in variants.items()
         }
         results[name] = interleaved(steps, rounds, next(iter(variants)))
@@ -97,13 +92,7 @@ def main() -> int:
         results.append({"shape_per_replica": shape, "comparisons": figures})
         print(f"{list(shape)} × {REPLICAS} replicas")
         for comparison in figures.values():
-            baseline = next(iter(comparison))
-            for name, figure in comparison.items():
-                print(
-                    f"  {name:21} {figure['milliseconds_median']:8.2f} ms   "
-                    f"{figure[f'times_as_fast_as_{baseline}']:5.2f} times as fast as {baseline} "
-                    f"({figure['lower_quartile']:.2f} to {figure['upper_quartile']:.2f})"
-                )
+            show(comparison, next(iter(comparison)))
     if arguments.output:
         write(
             arguments.output,

@@ -62,20 +62,18 @@ VARIANTS: dict[str, Callable[[], keras.layers.Layer]] = {
 }
 
 
+def in_training(layer: keras.layers.Layer, x: Any) -> Any:
+    """The layer alone."""
+    return layer(x, training=True)
+
+
 def make_step(
-    strategy: tf.distribute.Strategy, layer: keras.layers.Layer, shape: tuple[int, ...]
-) -> Callable[[], None]:
-    """A compiled forward and backward of the layer on every replica, each with its own data."""
-    return make_step_of(strategy, layer, shape, lambda layer, x: layer(x, training=True))
-
-
-def make_step_of(
     strategy: tf.distribute.Strategy,
     layer: keras.layers.Layer,
     shape: tuple[int, ...],
-    call: Callable[[keras.layers.Layer, Any], Any],
+    call: Callable[[keras.layers.Layer, Any], Any] = in_training,
 ) -> Callable[[], None]:
-    """The same of whatever is done with the layer."""
+    """A compiled forward and backward of the layer on every replica, each with its own data."""
     rng = np.random.default_rng(0)
     replicas = strategy.num_replicas_in_sync
     arrays = [rng.normal(size=(2, *shape)).astype(np.float32) + r for r in range(replicas)]
@@ -143,6 +141,16 @@ def _summary(seconds: list[float], others: list[float], baseline: str) -> dict[s
     }
 
 
+def show(figures: dict[str, dict[str, float]], baseline: str) -> None:
+    """Print a line for each variant."""
+    for name, figure in figures.items():
+        print(
+            f"  {name:21} {figure['milliseconds_median']:8.2f} ms   "
+            f"{figure[f'times_as_fast_as_{baseline}']:5.2f} times as fast as {baseline} "
+            f"({figure['lower_quartile']:.2f} to {figure['upper_quartile']:.2f})"
+        )
+
+
 def main() -> int:
     """Measure every shape, print a table, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
@@ -155,12 +163,7 @@ def main() -> int:
         figures = measure(shape, arguments.replicas, arguments.rounds)
         results.append({"shape_per_replica": shape, "variants": figures})
         print(f"{list(shape)} × {arguments.replicas} replicas")
-        for name, figure in figures.items():
-            print(
-                f"  {name:12} {figure['milliseconds_median']:8.2f} ms   "
-                f"{figure['times_as_fast_as_keras_sync']:5.2f} times as fast as Keras sync "
-                f"({figure['lower_quartile']:.2f} to {figure['upper_quartile']:.2f})"
-            )
+        show(figures, BASELINE)
     if arguments.output:
         write(
             arguments.output,

@@ -286,6 +286,18 @@ def assert_equals_one_device(case: Case, observed: Observed, tolerance: float) -
 
 def assert_statistics(case: Case, observed: Observed, tolerance: float) -> None:
     """Moving statistics moved as one device moves them, bitwise the same on every replica."""
+    for name, moving, step in zip(
+        ("moving mean", "moving variance"),
+        (observed.moving_means, observed.moving_variances),
+        expected_statistics(case),
+        strict=True,
+    ):
+        assert len({array.tobytes() for array in moving}) == 1, f"{name} differs between replicas"
+        assert_close(name, moving[0], step, tolerance)
+
+
+def expected_statistics(case: Case) -> tuple[np.ndarray, np.ndarray]:
+    """Moving mean and moving variance of a new layer after one step, by the oracle."""
     expected = case.expected()
     mean, variance = expected.mean, expected.variance
     count = expected.count
@@ -299,10 +311,4 @@ def assert_statistics(case: Case, observed: Observed, tolerance: float) -> None:
     if case.options.get("renorm") and count.any():
         deviation = oracle.moved(np.ones_like(variance), np.sqrt(variance + case.epsilon), momentum)
         moved_variance = np.maximum(deviation**2 - case.epsilon, 0)
-    moved_mean = oracle.moved(np.zeros_like(mean), mean, momentum)
-    for name, moving, step in (
-        ("moving mean", observed.moving_means, moved_mean),
-        ("moving variance", observed.moving_variances, moved_variance),
-    ):
-        assert len({array.tobytes() for array in moving}) == 1, f"{name} differs between replicas"
-        assert_close(name, moving[0], step, tolerance)
+    return oracle.moved(np.zeros_like(mean), mean, momentum), moved_variance

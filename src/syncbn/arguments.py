@@ -9,6 +9,7 @@ from typing import Any
 import keras
 
 from syncbn.errors import InputError
+from syncbn.groups import is_positive_integer
 
 __all__ = [
     "activation_function",
@@ -32,7 +33,7 @@ def checked_virtual_batch_size(size: Any, **others: Any) -> int | None:
     """The size as an integer, if it is one and none of the others is given."""
     if size is None:
         return None
-    if isinstance(size, bool) or not hasattr(size, "__index__") or size < 1:
+    if not is_positive_integer(size):
         raise InputError(
             "virtual_batch_size requires a number of examples, an integer of at least 1. "
             f"Received: virtual_batch_size={size!r}. Leave it out for the whole batch."

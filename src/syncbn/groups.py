@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from syncbn.errors import InputError
 
-__all__ = ["Grouping", "Groups"]
+__all__ = ["Grouping", "Groups", "is_positive_integer"]
 
 Groups = tuple[tuple[int, ...], ...]
 
@@ -39,7 +39,7 @@ class Grouping:
                 "Groups of replicas require group_size or group_assignment, not both. Received: "
                 f"group_size={size!r}, group_assignment={assignment!r}. Remove one."
             )
-        if size is not None and (not _is_integer(size) or size < 1):
+        if size is not None and not is_positive_integer(size):
             raise InputError(
                 "group_size requires a number of replicas, an integer of at least 1. Received: "
                 f"group_size={size!r}. Give one that divides the number of replicas."
@@ -67,6 +67,11 @@ class Grouping:
         elif groups is not None:
             _check_covers(groups, replicas)
         return None if groups is None or len(groups) == 1 else groups
+
+
+def is_positive_integer(value: Any) -> bool:
+    """Whether it is a whole number of something, of at least one; True is not."""
+    return _is_integer(value) and value >= 1
 
 
 def _is_integer(value: Any) -> bool:

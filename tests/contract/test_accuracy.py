@@ -9,6 +9,7 @@ import tensorflow as tf
 from tests.harness import (
     assert_close,
     assert_equals_one_device,
+    expected_statistics,
     make_case,
     make_layer,
     observe,
@@ -54,19 +55,12 @@ def error(observed, expected):
 
 def errors(case, policy):
     observed, expected = observe(case, dtype=policy), case.expected()
-    mean, variance = 0.1 * expected.mean, 0.9 + 0.1 * expected.variance
-    if case.options:
-        deviation = 0.9 + 0.1 * np.sqrt(expected.variance + case.epsilon)
-        variance = deviation**2 - case.epsilon
     summed = [np.sum(np.asarray(g, np.float64), axis=0) for g in observed[2:4]]
     return (
         error(observed.outputs, expected.outputs),
         error(observed.input_gradients, expected.input_gradients),
         error(summed, [expected.gamma_gradient, expected.beta_gradient]),
-        error(
-            [observed.moving_means[0], observed.moving_variances[0]],
-            [mean, variance],
-        ),
+        error([observed.moving_means[0], observed.moving_variances[0]], expected_statistics(case)),
     )
 
 

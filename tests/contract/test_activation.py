@@ -4,8 +4,8 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from tests.contract.test_collectives import traced
-from tests.contract.test_gradients import central_differences, kept_for_the_backward
+from tests.derivatives import central_differences, input_gradient_along
+from tests.graphs import kept_for_the_backward, traced
 from tests.harness import (
     assert_close,
     assert_equals_one_device,
@@ -107,10 +107,7 @@ def test_gradients_of_gradients_through_the_activation():
     direction = np.random.default_rng(5).normal(size=x.shape)
     with tf.GradientTape() as outer:
         outer.watch(x)
-        with tf.GradientTape() as inner:
-            inner.watch(x)
-            y = layer(x, training=True)
-        scalar = tf.reduce_sum(direction * inner.gradient(y, x, output_gradients=dy))
+        scalar = input_gradient_along(layer, x, dy, direction)
     observed = outer.gradient(scalar, x)
 
     def moved(x):

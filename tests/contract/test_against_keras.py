@@ -106,22 +106,14 @@ GRID = [
 
 @pytest.mark.parametrize("renorm", RENORM)
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_every_combination_of_arguments_is_keras_s(dtype, renorm):
+@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
+def test_every_combination_of_arguments_is_keras_s(masked, dtype, renorm):
     if RENORM[renorm] and not KERAS_HAS_RENORM:
         pytest.skip("Keras before 3.13 has no renorm to compare with")
     # In half precision and in float64 a sample of the grid.
     for arguments in GRID if dtype == "float32" else GRID[::5]:
-        assert_same(arguments | RENORM[renorm], dtype)
-
-
-@pytest.mark.parametrize("renorm", RENORM)
-@pytest.mark.parametrize("dtype", TOLERANCE)
-def test_with_a_mask_it_is_keras_s(dtype, renorm):
-    if RENORM[renorm] and not KERAS_HAS_RENORM:
-        pytest.skip("Keras before 3.13 has no renorm to compare with")
-    for arguments in GRID if dtype == "float32" else GRID[::5]:
-        if arguments["axis"] == -1 or keras_counts_all_that_a_mask_leaves():
-            assert_same(arguments | RENORM[renorm], dtype, masked=True)
+        if not masked or arguments["axis"] == -1 or keras_counts_all_that_a_mask_leaves():
+            assert_same(arguments | RENORM[renorm], dtype, masked)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

@@ -4,28 +4,11 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from tests.graphs import traced
 from tests.harness import make_case, make_layer, make_step, observe, per_replica, strategy_for
 
 import syncbn
 from syncbn._backends.tensorflow import collectives
-
-
-def collectives_of(function, *arguments):
-    """Every collective in the graph of the function, and of the functions it calls."""
-    graph = function.get_concrete_function(*arguments).graph.as_graph_def(add_shapes=True)
-    nodes = [*graph.node, *(node for f in graph.library.function for node in f.node_def)]
-    return [node for node in nodes if node.op.startswith(("Collective", "Nccl"))]
-
-
-def traced(replicas, run_step, case):
-    strategy = strategy_for(replicas)
-    arguments = per_replica(strategy, case.parts), per_replica(strategy, case.cotangents)
-
-    @tf.function(autograph=False)
-    def function(x, dy):
-        return strategy.run(run_step, args=(x, dy))
-
-    return collectives_of(function, *arguments)
 
 
 @pytest.mark.parametrize("replicas", [1, 2, 4, 8])

@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from tests import oracle
+from tests.derivatives import central_differences
+from tests.graphs import kept_for_the_backward
 from tests.harness import (
     assert_close,
     local_results,
@@ -13,23 +15,6 @@ from tests.harness import (
     per_replica,
     strategy_for,
 )
-
-
-def kept_for_the_backward(step, x, dy):
-    """Names of the tensors as large as x that cross from the forward graph into the backward."""
-    graph = tf.function(step, autograph=False).get_concrete_function(x, dy).graph
-    backward = {graph.inputs[1].op}
-    for op in graph.get_operations():  # in topological order
-        if any(source in backward for source in (*op.control_inputs, *(t.op for t in op.inputs))):
-            backward.add(op)
-    assert len(backward) > 3, "no backward found: the test looks in the wrong place"
-    return {
-        tensor.op.type
-        for op in backward
-        for tensor in op.inputs
-        if tensor.op not in backward
-        and (tensor.shape.num_elements() or 0) >= x.shape.num_elements()
-    }
 
 
 @pytest.mark.parametrize("shape", [(8, 6, 6, 5), (8, 5), (4, 6, 5), (2, 3, 4, 4, 5)])
@@ -62,18 +47,6 @@ def scalar_of_gradients(case, directions):
     return (
         of_inputs + directions[1] @ expected.gamma_gradient + directions[2] @ expected.beta_gradient
     )
-
-
-def central_differences(function, array, step=1e-5):
-    gradient = np.zeros_like(array)
-    for index in np.ndindex(*array.shape):
-        values = []
-        for sign in (1, -1):
-            moved = array.copy()
-            moved[index] += sign * step
-            values.append(function(moved))
-        gradient[index] = (values[0] - values[1]) / (2 * step)
-    return gradient
 
 
 @pytest.mark.parametrize("mode", ["graph", "eager"])

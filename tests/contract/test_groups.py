@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 import tensorflow as tf
-from tests.contract.test_collectives import traced
+from tests.derivatives import input_gradient_along
+from tests.graphs import traced
 from tests.harness import (
     assert_close,
     assert_equals_one_device,
@@ -93,10 +94,7 @@ def test_gradients_of_gradients_stay_in_the_group():
     def step(x, dy, u):
         with tf.GradientTape() as outer:
             outer.watch(dy)
-            with tf.GradientTape() as inner:
-                inner.watch(x)
-                y = layer(x, training=True)
-            scalar = tf.reduce_sum(u * inner.gradient(y, x, output_gradients=dy))
+            scalar = input_gradient_along(layer, x, dy, u)
         return outer.gradient(scalar, dy)
 
     arguments = [per_replica(strategy, a) for a in (case.parts, case.cotangents, directions)]

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from tests.contract.test_collectives import collectives_of
+from tests.graphs import collectives_of
 from tests.harness import make_case, make_layer, per_replica, strategy_for
 
 import syncbn

@@ -21,7 +21,14 @@ import tensorflow as tf
 from syncbn._backends.tensorflow.namespace import xp
 from syncbn.moments import Moments, as_divisor
 
-__all__ = ["CotangentSums", "Scaling", "composed", "kernel_for", "where_counted"]
+__all__ = [
+    "CotangentSums",
+    "Scaling",
+    "composed",
+    "kernel_for",
+    "statistics_dtype",
+    "where_counted",
+]
 
 _AXES = (0, 1, 2)
 
@@ -65,6 +72,11 @@ class CotangentSums(NamedTuple):
 
     outputs: Any  # shape (C,): Σ dy; also the gradient of beta
     normalized: Any  # shape (C,): Σ dy·x̂; also the gradient of gamma
+
+
+def statistics_dtype(dtype: Any) -> Any:
+    """The dtype that inputs of this one are computed in."""
+    return tf.float64 if dtype == tf.float64 else tf.float32
 
 
 def kernel_for(dtype: Any) -> SimpleNamespace:

@@ -90,7 +90,7 @@ def _by_groups(
     kernel = kernels.kernel_for(batch.inputs.dtype)
     local = kernel.moments(constant, weights, collectives.moments_dtype())
     moments, union = health.exchange(local, groups, batch.state, scheme.checked_layer)
-    dtype = _statistics_dtype(batch.inputs.dtype)
+    dtype = kernels.statistics_dtype(batch.inputs.dtype)
     gamma, beta = affine(moments)
     gamma = tf.ones(channels, dtype) if gamma is None else tf.cast(gamma, dtype)
     beta = tf.zeros(channels, dtype) if beta is None else tf.cast(beta, dtype)
@@ -208,7 +208,3 @@ def _gradient_by(
     if part.weights is not None:
         correction *= tf.cast(part.weights, dtype)
     return tf.cast(scaled + correction, x.dtype), sums.outputs, sums.normalized
-
-
-def _statistics_dtype(dtype: Any) -> Any:
-    return tf.float64 if dtype == tf.float64 else tf.float32

@@ -12,7 +12,9 @@ import tensorflow as tf
 
 from syncbn._backends.interface import Batch, Scheme
 from syncbn._backends.tensorflow import collectives, health
+from syncbn._backends.tensorflow.kernels import statistics_dtype, where_counted
 from syncbn._backends.tensorflow.namespace import xp
+from syncbn._backends.tensorflow.views import channels_last
 from syncbn.errors import InputError
 from syncbn.moments import Moments, as_divisor, merge_table
 
@@ -47,7 +49,7 @@ def normalize(
     # What is masked gets an output by the statistics, and no gradient goes through it.
     outputs = tf.where(
         layout.weights > 0,
-        (layout.counted() - rough) * scale + offset,
+        (where_counted(layout.weights, layout.x) - rough) * scale + offset,
         tf.stop_gradient((layout.x - rough) * scale + offset),
     )
     outputs = layout.restored(tf.cast(outputs, batch.inputs.dtype))
@@ -71,9 +73,8 @@ class _Layout(NamedTuple):
                 f"axis={batch.axis} for inputs of rank {rank}, whose channels are there. Remove "
                 "virtual_batch_size."
             )
-        dtype = tf.float64 if batch.inputs.dtype == tf.float64 else tf.float32
-        to_last = [*range(axis), *range(axis + 1, rank), axis]
-        from_last = [*range(axis), rank - 1, *range(axis, rank - 1)]
+        dtype = statistics_dtype(batch.inputs.dtype)
+        to_last, from_last = channels_last(rank, axis)
         x = tf.transpose(tf.cast(batch.inputs, dtype), to_last)
         (channels,) = next(iter(batch.state.values())).shape
         examples, spatial = tf.shape(x)[0], tf.shape(x)[1:-1]
@@ -98,10 +99,6 @@ class _Layout(NamedTuple):
 
         return cls(by_batch(x, channels), by_batch(weights, width), restored)
 
-    def counted(self) -> Any:
-        """The examples with 0 where nothing counts."""
-        return tf.where(self.weights > 0, self.x, tf.zeros((), self.x.dtype))
-
 
 def _moments(layout: _Layout) -> tuple[Moments, Any, Any]:
     """Moments of each virtual batch, shape (batches, 1, …, C), and the two parts of the mean."""
@@ -115,8 +112,9 @@ def _moments(layout: _Layout) -> tuple[Moments, Any, Any]:
     count = total(layout.weights)
     divisor = as_divisor(count, xp)
     # A mean that is only nearly right, which everything below is independent of.
-    rough = tf.stop_gradient(total(layout.weights * layout.counted()) / divisor)
-    deviations = tf.where(layout.weights > 0, layout.x - rough, tf.zeros((), rough.dtype))
+    counted = where_counted(layout.weights, layout.x)
+    rough = tf.stop_gradient(total(layout.weights * counted) / divisor)
+    deviations = where_counted(layout.weights, layout.x - rough)
     rest = total(layout.weights * deviations) / divisor
     m2 = total(layout.weights * tf.square(deviations)) - count * tf.square(rest)
     return Moments(count, rough + rest, tf.maximum(m2, 0)), rough, rest

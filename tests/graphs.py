@@ -1,0 +1,42 @@
+"""What is in the graph of a step: its collectives, and what its backward keeps."""
+
+from __future__ import annotations
+
+import tensorflow as tf
+
+from tests.harness import per_replica, strategy_for
+
+
+def collectives_of(function, *arguments):
+    """Every collective in the graph of the function, and of the functions it calls."""
+    graph = function.get_concrete_function(*arguments).graph.as_graph_def(add_shapes=True)
+    nodes = [*graph.node, *(node for f in graph.library.function for node in f.node_def)]
+    return [node for node in nodes if node.op.startswith(("Collective", "Nccl"))]
+
+
+def traced(replicas, run_step, case):
+    strategy = strategy_for(replicas)
+    arguments = per_replica(strategy, case.parts), per_replica(strategy, case.cotangents)
+
+    @tf.function(autograph=False)
+    def function(x, dy):
+        return strategy.run(run_step, args=(x, dy))
+
+    return collectives_of(function, *arguments)
+
+
+def kept_for_the_backward(step, x, dy):
+    """Names of the tensors as large as x that cross from the forward graph into the backward."""
+    graph = tf.function(step, autograph=False).get_concrete_function(x, dy).graph
+    backward = {graph.inputs[1].op}
+    for op in graph.get_operations():  # in topological order
+        if any(source in backward for source in (*op.control_inputs, *(t.op for t in op.inputs))):
+            backward.add(op)
+    assert len(backward) > 3, "no backward found: the test looks in the wrong place"
+    return {
+        tensor.op.type
+        for op in backward
+        for tensor in op.inputs
+        if tensor.op not in backward
+        and (tensor.shape.num_elements() or 0) >= x.shape.num_elements()
+    }
