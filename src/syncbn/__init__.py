@@ -14,27 +14,36 @@ if TYPE_CHECKING:
     from syncbn.errors import (
         InputError,
         NotSynchronizableError,
+        RepairError,
         SyncbnError,
         UnsupportedFeatureError,
+        WorkerError,
     )
     from syncbn.layer import SyncBatchNormalization
+    from syncbn.multi_worker import enable_multi_worker
 
 __version__ = "0.1.0"
 
 _MODULE_OF = {
     "InputError": "syncbn.errors",
     "NotSynchronizableError": "syncbn.errors",
+    "RepairError": "syncbn.errors",
     "SyncBatchNormalization": "syncbn.layer",
     "SyncbnError": "syncbn.errors",
     "UnsupportedFeatureError": "syncbn.errors",
+    "WorkerError": "syncbn.errors",
+    "enable_multi_worker": "syncbn.multi_worker",
 }
 
 __all__ = [
     "InputError",
     "NotSynchronizableError",
+    "RepairError",
     "SyncBatchNormalization",
     "SyncbnError",
     "UnsupportedFeatureError",
+    "WorkerError",
+    "enable_multi_worker",
 ]
 
 

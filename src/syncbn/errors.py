@@ -3,12 +3,21 @@
 SyncbnError
 ├── NotSynchronizableError   (RuntimeError)  synchronizing was asked for and cannot happen here
 ├── UnsupportedFeatureError  (ValueError)    an argument that cannot be served in this place
-└── InputError               (ValueError)    arguments, data or settings that cannot be used
+├── InputError               (ValueError)    arguments, data or settings that cannot be used
+├── RepairError              (RuntimeError)  a repair of Keras that cannot tell, or be undone
+└── WorkerError              (RuntimeError)  a worker is gone, late, or does something else
 """
 
 from __future__ import annotations
 
-__all__ = ["InputError", "NotSynchronizableError", "SyncbnError", "UnsupportedFeatureError"]
+__all__ = [
+    "InputError",
+    "NotSynchronizableError",
+    "RepairError",
+    "SyncbnError",
+    "UnsupportedFeatureError",
+    "WorkerError",
+]
 
 
 class SyncbnError(Exception):
@@ -33,3 +42,11 @@ class UnsupportedFeatureError(SyncbnError, ValueError):
 
 class InputError(SyncbnError, ValueError):
     """Arguments, data or settings that cannot be used; the command line ends with exit code 2."""
+
+
+class RepairError(SyncbnError, RuntimeError):
+    """A repair of Keras that cannot tell whether this Keras needs it, or cannot be undone."""
+
+
+class WorkerError(SyncbnError, RuntimeError):
+    """Another worker is gone, late, or does something else than this one; it says which."""

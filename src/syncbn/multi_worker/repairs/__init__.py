@@ -1,0 +1,1 @@
+"""The repairs, one file each: `is_needed()` and `patches()`."""

@@ -1,0 +1,37 @@
+"""Where the code runs: on how many replicas, in which of their contexts, on which worker."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tensorflow as tf
+
+__all__ = ["in_replica", "is_multi_worker", "replica_count", "sum_over_replicas", "worker_index"]
+
+
+def replica_count(strategy: Any = None) -> int:
+    """How many replicas the strategy (by default the one whose scope this is) trains on."""
+    strategy = strategy or tf.distribute.get_strategy()
+    return int(strategy.num_replicas_in_sync)
+
+
+def in_replica() -> bool:
+    """Whether this runs as one of several replicas, inside `strategy.run`."""
+    return replica_count() > 1 and not tf.distribute.in_cross_replica_context()
+
+
+def is_multi_worker(strategy: Any) -> bool:
+    """Whether other processes train with this one."""
+    extended = strategy.extended
+    return bool(getattr(extended, "_in_multi_worker_mode", lambda: False)())
+
+
+def worker_index(strategy: Any) -> int:
+    """The number of this worker in the cluster, the chief's being 0."""
+    return int(strategy.extended._id_in_cluster) if is_multi_worker(strategy) else 0
+
+
+def sum_over_replicas(value: Any) -> Any:
+    """The sum of every replica's tensor (or of each of a list of them), on each replica."""
+    context = tf.distribute.get_replica_context()
+    return context.all_reduce(tf.distribute.ReduceOp.SUM, value)

@@ -1,0 +1,98 @@
+"""`enable_multi_worker`: puts the repairs in, once, and takes them out again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from types import TracebackType
+from typing import Self
+
+import keras
+
+from syncbn.errors import InputError
+from syncbn.multi_worker.catalogue import REPAIRS
+
+__all__ = ["MultiWorker", "enable_multi_worker"]
+
+
+class MultiWorker:
+    """The repairs that are in effect. A context manager: leaving it undoes them.
+
+    `applied`: the names of the repairs that this Keras needed; `not_needed`: those it did not;
+    `without`: those left out on request. `timeout`: seconds that a collective may take.
+    """
+
+    def __init__(self, without: frozenset[str], timeout: float) -> None:
+        self.without = without
+        self.timeout = timeout
+        self.applied: tuple[str, ...] = ()
+        self.not_needed: tuple[str, ...] = ()
+        self._undo: list[Callable[[], None]] = []
+
+    def _apply(self) -> None:
+        """Ask every probe before the first patch, so that an error leaves Keras as it was."""
+        if keras.backend.backend() != "tensorflow":
+            self.not_needed = tuple(repair.name for repair in REPAIRS)
+            return
+        wanted = [repair for repair in REPAIRS if repair.name not in self.without]
+        needed = [repair for repair in wanted if repair.is_needed()]
+        try:
+            for repair in needed:
+                for patch in repair.patches():
+                    self._undo.append(patch.apply())
+        except BaseException:
+            self.undo()
+            raise
+        self.applied = tuple(repair.name for repair in needed)
+        self.not_needed = tuple(repair.name for repair in wanted if repair not in needed)
+
+    def undo(self) -> None:
+        """Give Keras its own code back. Doing it twice does nothing."""
+        global _active
+        while self._undo:
+            self._undo[-1]()
+            self._undo.pop()
+        self.applied = ()
+        if _active is self:
+            _active = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.undo()
+
+
+_active: MultiWorker | None = None
+
+
+def active() -> MultiWorker | None:
+    """What is in effect now."""
+    return _active
+
+
+def enable_multi_worker(*, without: Iterable[str] = (), timeout: float = 120.0) -> MultiWorker:
+    """Make Keras's training on several replicas and workers give what one device gives.
+    """
+    global _active
+    left_out = frozenset(without)
+    unknown = left_out - {repair.name for repair in REPAIRS}
+    if unknown:
+        raise InputError(
+            "`without` requires names of repairs. "
+            f"Received: {sorted(unknown)}. There are: {[repair.name for repair in REPAIRS]}."
+        )
+    if not timeout > 0:
+        raise InputError(f"`timeout` requires seconds, more than 0. Received: {timeout}.")
+    if _active is not None:
+        if (_active.without, _active.timeout) != (left_out, timeout):
+            raise InputError("already enabled otherwise; call undo() on what it returned first.")
+        return _active
+    enabled = MultiWorker(left_out, timeout)
+    enabled._apply()
+    _active = enabled
+    return enabled
