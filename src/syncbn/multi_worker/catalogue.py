@@ -28,4 +28,34 @@ REPAIRS: tuple[Repair, ...] = (
         _NONE_KNOWN,
         f"{_HERE}.loss",
     ),
+    Repair(
+        "gradients",
+        "clipnorm, global_clipnorm and clipvalue clip each replica's gradients, not their sum",
+        _NONE_KNOWN,
+        f"{_HERE}.gradients",
+    ),
+    Repair(
+        "conditions",
+        "gradient_accumulation_steps and ema_overwrite_frequency crash",
+        _NONE_KNOWN,
+        f"{_HERE}.conditions",
+    ),
+    Repair(
+        "overflow",
+        "loss scaling skips a step on some replicas alone: NaN weights, or workers that wait",
+        _NONE_KNOWN,
+        f"{_HERE}.overflow",
+    ),
+    Repair(
+        "additional_losses",
+        "add_loss and activity regularizers of one replica are added to another's loss",
+        _NONE_KNOWN,
+        f"{_HERE}.additional_losses",
+    ),
+    Repair(
+        "seeds",
+        "dropout and augmentation draw the same numbers on every replica",
+        _NONE_KNOWN,
+        f"{_HERE}.seeds",
+    ),
 )
