@@ -6,4 +6,19 @@ from syncbn.multi_worker.repair import Repair
 
 __all__ = ["REPAIRS"]
 
-REPAIRS: tuple[Repair, ...] = ()
+_MODULES = "syncbn.multi_worker.repairs."
+
+REPAIRS: tuple[Repair, ...] = (
+    Repair(
+        name="named-timeouts",
+        mends="collectives wait for ever for a worker that is gone, and do not say for which",
+        issue="https://github.com/keras-team/keras/issues/20585",
+        module=_MODULES + "named_timeouts",
+    ),
+    Repair(
+        name="in-step",
+        mends="what one worker does alone, or stops alone, leaves the others waiting",
+        issue="https://github.com/keras-team/keras/issues/20585",
+        module=_MODULES + "in_step",
+    ),
+)

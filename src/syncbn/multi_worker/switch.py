@@ -76,8 +76,7 @@ def active() -> MultiWorker | None:
 
 
 def enable_multi_worker(*, without: Iterable[str] = (), timeout: float = 120.0) -> MultiWorker:
-    """Make Keras's training on several replicas and workers give what one device gives.
-    """
+    """Make Keras's training on several replicas and workers give what one device gives."""
     global _active
     left_out = frozenset(without)
     unknown = left_out - {repair.name for repair in REPAIRS}
