@@ -47,7 +47,7 @@ REPAIRS: tuple[Repair, ...] = (
         f"{_HERE}.overflow",
     ),
     Repair(
-        "additional_losses",
+        "additional-losses",
         "add_loss and activity regularizers of one replica are added to another's loss",
         _NONE_KNOWN,
         f"{_HERE}.additional_losses",
@@ -57,5 +57,29 @@ REPAIRS: tuple[Repair, ...] = (
         "dropout and augmentation draw the same numbers on every replica",
         _NONE_KNOWN,
         f"{_HERE}.seeds",
+    ),
+    Repair(
+        "named-timeouts",
+        "collectives wait for ever for a worker that is gone, and do not say for which",
+        "https://github.com/keras-team/keras/issues/20585",
+        f"{_HERE}.named_timeouts",
+    ),
+    Repair(
+        "in-step",
+        "what one worker does alone, or stops alone, leaves the others waiting",
+        "https://github.com/keras-team/keras/issues/20585",
+        f"{_HERE}.in_step",
+    ),
+    Repair(
+        "inputs",
+        "datasets of one file fail on workers; unequal shards wait; OFF ends early",
+        _NONE_KNOWN,
+        f"{_HERE}.inputs",
+    ),
+    Repair(
+        "shuffling",
+        "workers shuffle arrays each by itself: examples are repeated and lost",
+        _NONE_KNOWN,
+        f"{_HERE}.shuffling",
     ),
 )

@@ -6,7 +6,15 @@ from typing import Any
 
 import tensorflow as tf
 
-__all__ = ["in_replica", "is_multi_worker", "replica_count", "sum_over_replicas", "worker_index"]
+__all__ = [
+    "in_replica",
+    "is_multi_worker",
+    "local_replica_count",
+    "replica_count",
+    "sum_over_replicas",
+    "worker_count",
+    "worker_index",
+]
 
 
 def replica_count(strategy: Any = None) -> int:
@@ -24,6 +32,16 @@ def is_multi_worker(strategy: Any) -> bool:
     """Whether other processes train with this one."""
     extended = strategy.extended
     return bool(getattr(extended, "_in_multi_worker_mode", lambda: False)())
+
+
+def local_replica_count(strategy: Any) -> int:
+    """How many of the replicas are in this process."""
+    return len(strategy.extended.worker_devices)
+
+
+def worker_count(strategy: Any) -> int:
+    """How many processes train together."""
+    return replica_count(strategy) // local_replica_count(strategy)
 
 
 def worker_index(strategy: Any) -> int:

@@ -1,0 +1,108 @@
+"""A thread that tells the others what this process does, and looks at them when it gets stuck."""
+
+from __future__ import annotations
+
+import atexit
+import threading
+import time
+
+import tensorflow as tf
+from tensorflow.python.eager import context as tf_context
+
+from syncbn.errors import WorkerError
+from syncbn.multi_worker.board import Board, Worker
+from syncbn.multi_worker.progress import progress
+from syncbn.multi_worker.stopping import Stops
+
+__all__ = ["Watch", "current", "start"]
+
+PERIOD = 0.5  # seconds between two publications
+PATIENCE = 1.0  # seconds in one phase before it looks at the others
+
+
+class Watch:
+    """Publishes this process's progress; when stuck, looks whether anyone can still come.
+
+    Collectives wait for their timeout even where it is known that a worker is dead, or has left the
+    operation by an error. This thread aborts them then, so that nobody waits in vain, and keeps
+    the reason in `verdict`.
+    """
+
+    def __init__(self, board: Board) -> None:
+        self.board = board
+        self.verdict: str | None = None
+        self.stops = Stops(board)
+        self._ended = threading.Event()
+        self._phase = -1
+        self._since = time.monotonic()
+        self._suspects: set[int] = set()
+        self._thread = threading.Thread(target=self._run, name="syncbn-watch", daemon=True)
+
+    def start(self) -> None:
+        """From now on until the process ends."""
+        self._thread.start()
+        # A thread in TensorFlow's code while the interpreter is taken down would crash it.
+        atexit.register(self.stop)
+
+    def stop(self) -> None:
+        """End the thread, and wait for its end."""
+        self._ended.set()
+        self._thread.join(timeout=10)
+
+    def stuck_for(self) -> float:
+        """Seconds that this process has been in its phase, as far as was noticed."""
+        return time.monotonic() - self._since if progress.phase == self._phase else 0.0
+
+    def _run(self) -> None:
+        try:
+            while not self._ended.wait(PERIOD):
+                self._turn()
+        except (WorkerError, tf.errors.OpError) as error:
+            # The board is lost, and with it whatever could be watched.
+            if not self._ended.is_set():
+                self._abort(str(error))
+
+    def _turn(self) -> None:
+        if progress.phase != self._phase:
+            self._phase, self._since = progress.phase, time.monotonic()
+            self._suspects.clear()
+        self.board.publish()
+        if progress.depth and self.verdict is None and self.stuck_for() >= PATIENCE:
+            for peer in self.board.peers:
+                self._look_at(peer)
+            # Many workers that all look at all others would keep the chief busy.
+            self._ended.wait(len(self.board.peers) / 32)
+
+    def _look_at(self, peer: Worker) -> None:
+        record = self.board.look_at(peer)
+        if record and record["asks"] > progress.asks:
+            self.stops.answer(record["asks"])
+        if record and record["failed"] and record["failed"][0] == progress.operation:
+            self._abort(f"{peer} ended this operation by {record['failed'][1]}")
+        elif self.board.is_alive(peer):
+            self._suspects.discard(peer.index)
+        elif peer.index in self._suspects:  # twice in a row
+            self._abort(f"{peer} is gone: its server does not answer")
+        else:
+            self._suspects.add(peer.index)
+
+    def _abort(self, verdict: str) -> None:
+        if self.verdict is None:
+            self.verdict = verdict
+            tf_context.context().abort_collective_ops(tf.errors.UNAVAILABLE, verdict)
+
+
+_watch: Watch | None = None
+
+
+def start(board: Board) -> None:
+    """Begin to watch; once a process."""
+    global _watch
+    if _watch is None:
+        _watch = Watch(board)
+        _watch.start()
+
+
+def current() -> Watch | None:
+    """This process's, if it has other workers."""
+    return _watch
