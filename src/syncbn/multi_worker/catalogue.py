@@ -18,7 +18,8 @@ REPAIRS: tuple[Repair, ...] = (
     ),
     Repair(
         "steps",
-        "steps_per_execution > 1 crashes; logs are means of means; XLA fails late",
+        "steps_per_execution > 1 crashes; logs are means of means; train_on_batch trains on "
+        "every replica; XLA fails late",
         "https://github.com/keras-team/keras/issues/20585",
         f"{_HERE}.steps",
     ),
@@ -69,6 +70,18 @@ REPAIRS: tuple[Repair, ...] = (
         "what one worker does alone, or stops alone, leaves the others waiting",
         "https://github.com/keras-team/keras/issues/20585",
         f"{_HERE}.in_step",
+    ),
+    Repair(
+        "predictions",
+        "predict_on_batch predicts each example on every replica; one number a batch comes often",
+        _NONE_KNOWN,
+        f"{_HERE}.predictions",
+    ),
+    Repair(
+        "scopes",
+        "what was compiled or built outside of the scope fails deep within the first step",
+        _NONE_KNOWN,
+        f"{_HERE}.scopes",
     ),
     Repair(
         "inputs",

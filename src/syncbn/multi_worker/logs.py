@@ -52,6 +52,7 @@ class ReportingStep:
         self._metric_names: dict[int, str] = {}
 
     def __call__(self, data: Any) -> Report:
+        """Run the step on this replica's part of the data."""
         with sharing(data) as share:
             outputs = self.step(data)
             self._metric_names = self._names(outputs, share)

@@ -1,7 +1,7 @@
 """Builds a model from the shapes that the dataset declares, not from a batch of it.
 
 Keras takes the first batch from the iterator and reduces it by MEAN over the replicas. That fails
-for strings, for parts of unequal sizes and on several workers, and of a generator the batch is gone.
+for strings, for parts of unequal sizes and on several workers, and a generator's batch is lost.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 Keras wraps the step into a `tf.function` of its own and calls it inside the loop of
 `steps_per_execution`: `merge_call` is refused there. XLA cannot compile across a collective at all.
+The batch of `train_on_batch` and `test_on_batch` is given to every replica as a whole by Keras.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from syncbn.errors import UnsupportedFeatureError
 from syncbn.multi_worker.logs import ReportingStep
 from syncbn.multi_worker.repair import Patch, source_probe
 from syncbn.multi_worker.replicas import replica_count
+from syncbn.multi_worker.splitting import split
 
 __all__ = ["is_needed", "patches"]
 
@@ -75,7 +77,7 @@ def _maker(original: Callable[..., Any]) -> Callable[..., Any]:
 def _function_on_replicas(model: Any, step_function: Callable[[Any], Any]) -> Callable[[Any], Any]:
     strategy = model.distribute_strategy
     step = ReportingStep(model, step_function)
-    # The empty values of a dataset are told apart on each replica.
+    # A generator's None comes as an empty Optional, one on each replica.
     on_replica = model._autoconvert_optionals(step)
 
     @tf.autograph.experimental.do_not_convert
@@ -101,7 +103,7 @@ def _function_on_replicas(model: Any, step_function: Callable[[Any], Any]) -> Ca
                 raise StopIteration
             return outputs.get_value()
         for _, data in zip(range(model.steps_per_execution), iterator, strict=False):
-            outputs = on_data_alone(data)
+            outputs = on_data_alone(split(strategy, data))
         return outputs
 
     return function
