@@ -84,6 +84,12 @@ REPAIRS: tuple[Repair, ...] = (
         f"{_HERE}.scopes",
     ),
     Repair(
+        "local-statistics",
+        "BatchNormalization is local on each replica, and nothing says so",
+        _NONE_KNOWN,
+        f"{_HERE}.local_statistics",
+    ),
+    Repair(
         "inputs",
         "datasets of one file fail on workers; unequal shards wait; OFF ends early",
         _NONE_KNOWN,

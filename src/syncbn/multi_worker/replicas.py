@@ -52,4 +52,6 @@ def worker_index(strategy: Any) -> int:
 def sum_over_replicas(value: Any) -> Any:
     """The sum of every replica's tensor (or of each of a list of them), on each replica."""
     context = tf.distribute.get_replica_context()
-    return context.all_reduce(tf.distribute.ReduceOp.SUM, value)
+    # What is read from a variable may not say on which device it is, which the collective asks.
+    placed = tf.nest.map_structure(tf.identity, value)
+    return context.all_reduce(tf.distribute.ReduceOp.SUM, placed)

@@ -55,6 +55,8 @@ class _LossesOfThisReplica:
     def __set__(self, layer: Any, losses: list[Any]) -> None:
         if in_replica():
             vars(layer).setdefault(_OF_REPLICAS, {})[_replica()] = losses
+            # A layer that a replica has made, as an unbuilt model does, needs one of its own, too.
+            vars(layer).setdefault("_losses", [])
         else:
             vars(layer)["_losses"] = losses
 

@@ -131,11 +131,11 @@ def _agreed_batches(iterator: Any, strategy: Any) -> int | None:
         )
     if None in every:
         return None
-    most = max(every)
+    most: int = max(every)
     if policy == Policy.OFF:
         # Every step takes a worker's share of a global batch.
-        return int(most * len(every))
+        return most * len(every)
     if policy is None:
         # One element a replica.
         return math.ceil(most / local_replica_count(strategy))
-    return int(most)
+    return most

@@ -64,7 +64,7 @@ def check_scopes(model: Any, method: str) -> None:
     optimizer = getattr(model, "optimizer", None)
     inner = getattr(optimizer, "inner_optimizer", None)
     for part in (optimizer, inner):
-        if getattr(part, "_distribution_strategy", strategy) is not strategy:
+        if part and getattr(part, "_distribution_strategy", strategy) is not strategy:
             found = f"the optimizer {part.name!r}, made (or compiled) outside of it"
             raise InputError(_message(method, strategy, found))
     own = model.variables + (model.metrics_variables if getattr(model, "compiled", False) else [])

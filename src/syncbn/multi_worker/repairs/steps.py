@@ -80,30 +80,29 @@ def _function_on_replicas(model: Any, step_function: Callable[[Any], Any]) -> Ca
     # A generator's None comes as an empty Optional, one on each replica.
     on_replica = model._autoconvert_optionals(step)
 
-    @tf.autograph.experimental.do_not_convert
     def on_data(data: Any) -> Any:
         return step.logs(strategy.run(on_replica, args=(data,)), strategy)
 
-    @tf.autograph.experimental.do_not_convert
     def on_iterator(iterator: Any) -> Any:
         if model.steps_per_execution == 1:
             return tf.experimental.Optional.from_value(on_data(iterator.get_next()))
         return _loop(on_data, iterator, model.steps_per_execution)
 
-    if not model.run_eagerly:
-        on_data_alone = tf.function(on_data, reduce_retracing=True)
-        on_iterator = tf.function(on_iterator, reduce_retracing=True)
-    else:
-        on_data_alone = on_data
+    def compiled(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        if model.run_eagerly:
+            return function
+        return tf.function(function, reduce_retracing=True, autograph=False)  # type: ignore[no-any-return]
+
+    run_on_data, run_on_iterator = compiled(on_data), compiled(on_iterator)
 
     def function(iterator: Any) -> Any:
         if isinstance(iterator, tf.data.Iterator | tf.distribute.DistributedIterator):
-            outputs = on_iterator(iterator)
+            outputs = run_on_iterator(iterator)
             if not outputs.has_value():
                 raise StopIteration
             return outputs.get_value()
         for _, data in zip(range(model.steps_per_execution), iterator, strict=False):
-            outputs = on_data_alone(split(strategy, data))
+            outputs = run_on_data(split(strategy, data))
         return outputs
 
     return function
