@@ -48,6 +48,15 @@ class Share:
         if self._all is None:
             self._all = all_examples
 
+    def as_mean(self, part: Any) -> Any:
+        """A value whose mean over all examples is the sum over the replicas of their parts.
+
+        Keras weighs the loss of a step by the replica's examples when it tracks it. An empty
+        replica's part is 0, so that nothing is lost there, and no collective is needed.
+        """
+        scale = tf.math.divide_no_nan(self.all_examples(), self.examples)
+        return part * tf.cast(scale, part.dtype)
+
     def fraction(self) -> Any:
         """This replica's part of the batch: 0 where it is empty."""
         return tf.math.divide_no_nan(self.examples, self.all_examples())

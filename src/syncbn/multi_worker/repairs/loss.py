@@ -127,10 +127,14 @@ def _size(values: Any) -> Any:
 
 def _reporter(original: Callable[[Any], Any]) -> Callable[[Any], Any]:
     def unscale_loss_for_distribution(value: Any) -> Any:
-        """The loss of the global batch from the replicas' shares of it."""
+        """What Keras's trackers take, so that they come to the loss of the global batch."""
         if not in_replica():
             return original(value) if replica_count() == 1 else value
+        share = current_share()
+        of_step = share is not None and id(value) in share.losses
         value = tf.stop_gradient(ops.convert_to_tensor(value))
+        if value.shape.rank == 0 and of_step and share is not None:
+            return share.as_mean(value)
         if value.shape.rank == 0:
             return sum_over_replicas(value)
         # A loss without a reduction: what is reported is its mean.
