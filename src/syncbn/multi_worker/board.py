@@ -119,8 +119,8 @@ class Board:
             raise self.apart(worker, name, f"another is at {theirs}", seen=False)
         return value
 
-    def wait(self, key: str, worker: Worker, name: str) -> str:
-        """What that worker writes under the key.
+    def wait(self, key: str, worker: Worker, name: str, *, here: bool = True) -> str:
+        """What that worker writes under the key; `here`: before it goes past this place.
 
         Raises:
             WorkerError: it is gone, has failed, has gone past this place, or is late.
@@ -138,7 +138,7 @@ class Board:
                 raise self.apart(worker, name, f"it ended by {theirs['failed'][1]}")
             # Looked at once more: it may have come, written the key and gone on meanwhile.
             text = self.read(key, POLL)
-            if text is None and theirs and theirs["phase"] > progress.phase:
+            if here and text is None and theirs and theirs["phase"] > progress.phase:
                 raise self.apart(worker, name, "it has gone past this place")
         return text
 

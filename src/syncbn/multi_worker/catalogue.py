@@ -21,4 +21,10 @@ REPAIRS: tuple[Repair, ...] = (
         issue="https://github.com/keras-team/keras/issues/20585",
         module=_MODULES + "in_step",
     ),
+    Repair(
+        name="chief-writes",
+        mends="callbacks write the same files on every worker, and half of them when killed",
+        issue="https://github.com/keras-team/keras/issues/20585",
+        module=_MODULES + "chief_writes",
+    ),
 )

@@ -82,7 +82,8 @@ class Watch:
         elif self.board.is_alive(peer):
             self._suspects.discard(peer.index)
         elif peer.index in self._suspects:  # twice in a row
-            self._abort(f"{peer} is gone: its server does not answer")
+            last_seen = self.board.last_seen(peer)
+            self._abort(f"{peer} is gone: its server does not answer; last seen {last_seen}")
         else:
             self._suspects.add(peer.index)
 

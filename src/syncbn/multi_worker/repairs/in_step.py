@@ -7,6 +7,7 @@ stops, or that has fewer batches than the others, leaves them waiting.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
 from collections.abc import Callable
@@ -17,10 +18,11 @@ from keras.src.backend.tensorflow.trainer import TensorFlowTrainer, TFEpochItera
 from keras.src.callbacks.callback_list import CallbackList
 from tensorflow.python.distribute.values import SyncOnReadVariable
 
+from syncbn.errors import WorkerError
 from syncbn.multi_worker import watch
 from syncbn.multi_worker.board import Board, board_of, exchange
 from syncbn.multi_worker.progress import callback_in, progress
-from syncbn.multi_worker.repair import Patch, source_probe
+from syncbn.multi_worker.repair import MISSING, Patch, source_probe
 from syncbn.multi_worker.repairs.named_timeouts import OPERATIONS
 
 __all__ = ["is_needed", "patches"]
@@ -47,6 +49,12 @@ STOPS = {
     "on_test_batch_end": "stop_evaluating",
     "on_predict_batch_end": "stop_predicting",
 }
+# The moment after each loop of batches.
+LOOPS = {
+    "on_epoch_end": "on_train_batch_end",
+    "on_test_end": "on_test_batch_end",
+    "on_predict_end": "on_predict_batch_end",
+}
 
 
 def is_needed() -> bool:
@@ -64,6 +72,7 @@ def patches() -> list[Patch]:
         *(Patch(CallbackList, hook, _moment(hook)) for hook in HOOKS),
         Patch(SyncOnReadVariable, "_get_cross_replica", _read_together),
         Patch(TFEpochIterator, "__init__", _as_many_batches),
+        Patch(TFEpochIterator, "reset", _still_as_many),
     ]
 
 
@@ -88,7 +97,8 @@ def _together(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
                     return original(model, *args, **kwargs)
             except BaseException:
                 if progress.failed is not None:
-                    board.publish()  # at once: the process may be about to end
+                    with contextlib.suppress(WorkerError):  # the board went with the chief
+                        board.publish()  # at once: this process may be about to end
                 raise
 
         return operation
@@ -110,22 +120,25 @@ def _moment(hook: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
                 progress.epoch = number
             with progress.callbacks(hook, words, number):
                 original(callbacks, *args, **kwargs)
-            model = callbacks._model
-            if hook in STOPS and model is not None:
-                asked = bool(getattr(model, STOPS[hook], False))
-                setattr(model, STOPS[hook], watching.stops.after_batch(asked))
-            elif hook == "on_epoch_end" and model is not None:
-                wants = watching.board.exchange(
-                    f"the end of epoch {(number or 0) + 1}", bool(model.stop_training)
-                )
-                model.stop_training = any(wants)
-            if not hook.endswith("batch_end"):
-                watching.stops.forget()
+            if callbacks._model is not None:
+                _agree_on_stopping(watching, callbacks._model, hook, number)
             return None
 
         return moment
 
     return replacement
+
+
+def _agree_on_stopping(watching: watch.Watch, model: Any, hook: str, number: int | None) -> None:
+    if hook in STOPS:
+        asked = bool(getattr(model, STOPS[hook], False))
+        setattr(model, STOPS[hook], watching.stops.after_batch(hook, asked))
+    elif hook in LOOPS:
+        asked = watching.stops.after_loop(LOOPS[hook])
+        if hook == "on_epoch_end":
+            name = f"the end of epoch {(number or 0) + 1}"
+            wants = watching.board.exchange(name, asked or bool(model.stop_training))
+            model.stop_training = any(wants)
 
 
 def _read_together(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -159,6 +172,21 @@ def _as_many_batches(original: Callable[..., None]) -> Callable[..., None]:
         if distribute_strategy is None or board_of(distribute_strategy) is None:
             return
         counts = exchange(distribute_strategy, "counting batches", iterator._num_batches)
-        iterator._num_batches = None if None in counts else max(counts)
+        iterator._syncbn_num_batches = None if None in counts else max(counts)
+        iterator._num_batches = iterator._syncbn_num_batches
 
     return __init__
+
+
+def _still_as_many(original: Any) -> Callable[..., None]:
+    """Keras counts anew before each pass."""
+
+    def reset(iterator: Any) -> None:
+        if original is MISSING:
+            super(TFEpochIterator, iterator).reset()
+        else:
+            original(iterator)
+        if hasattr(iterator, "_syncbn_num_batches"):
+            iterator._num_batches = iterator._syncbn_num_batches
+
+    return reset
