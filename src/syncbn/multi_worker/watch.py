@@ -58,8 +58,9 @@ class Watch:
             while not self._ended.wait(PERIOD):
                 self._turn()
         except (WorkerError, tf.errors.OpError) as error:
-            # The board is lost, and with it whatever could be watched.
-            if not self._ended.is_set():
+            # The board is lost, and with it whatever could be watched: at the end of a program
+            # that is nobody's loss.
+            if progress.depth and not self._ended.is_set():
                 self._abort(str(error))
 
     def _turn(self) -> None:

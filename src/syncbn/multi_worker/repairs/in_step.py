@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import tensorflow as tf
@@ -49,6 +50,8 @@ STOPS = {
     "on_test_batch_end": "stop_evaluating",
     "on_predict_batch_end": "stop_predicting",
 }
+# The arguments that say how often an operation meets the other workers.
+LENGTHS = ("epochs", "initial_epoch", "steps_per_epoch", "validation_steps", "steps")
 # The moment after each loop of batches.
 LOOPS = {
     "on_epoch_end": "on_train_batch_end",
@@ -82,8 +85,25 @@ def _meet(board: Board, name: str, value: Any = None) -> list[Any]:
     return board.exchange(f"{name}, called in a callback" if found else name, value)
 
 
+def _begin(board: Board, name: str, arguments: Mapping[str, Any]) -> None:
+    """Meet at the entry of an operation, and see that it is equally long everywhere.
+
+    Raises:
+        WorkerError: a worker is elsewhere, or was given other numbers.
+    """
+    own = {key: arguments[key] for key in LENGTHS if isinstance(arguments.get(key), int)}
+    for worker, theirs in zip(board.workers, _meet(board, f"{name}()", own), strict=True):
+        if theirs != own:
+            raise WorkerError(
+                f"{name}() requires the same numbers of steps and epochs on every worker. "
+                f"Received: {own} on {board.own}, {theirs} on {worker}."
+            )
+
+
 def _together(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     def replacement(original: Callable[..., Any]) -> Callable[..., Any]:
+        signature = inspect.signature(original)
+
         @functools.wraps(original)
         def operation(model: Any, *args: Any, **kwargs: Any) -> Any:
             board = board_of(model.distribute_strategy)
@@ -92,7 +112,7 @@ def _together(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
             try:
                 # Within an operation only what a callback calls can be on one worker alone.
                 if progress.depth == 0 or progress.in_callback:
-                    _meet(board, f"{name}()")
+                    _begin(board, name, signature.bind(model, *args, **kwargs).arguments)
                 with progress.inside(name):
                     return original(model, *args, **kwargs)
             except BaseException:
