@@ -20,7 +20,7 @@ if TYPE_CHECKING:
         WorkerError,
     )
     from syncbn.layer import SyncBatchNormalization
-    from syncbn.multi_worker import enable_multi_worker
+    from syncbn.multi_worker import average_moving_statistics, enable_multi_worker
 
 __version__ = "0.1.0"
 
@@ -32,6 +32,7 @@ _MODULE_OF = {
     "SyncbnError": "syncbn.errors",
     "UnsupportedFeatureError": "syncbn.errors",
     "WorkerError": "syncbn.errors",
+    "average_moving_statistics": "syncbn.multi_worker",
     "enable_multi_worker": "syncbn.multi_worker",
 }
 
@@ -43,6 +44,7 @@ __all__ = [
     "SyncbnError",
     "UnsupportedFeatureError",
     "WorkerError",
+    "average_moving_statistics",
     "enable_multi_worker",
 ]
 

@@ -6,25 +6,105 @@ from syncbn.multi_worker.repair import Repair
 
 __all__ = ["REPAIRS"]
 
-_MODULES = "syncbn.multi_worker.repairs."
+_HERE = "syncbn.multi_worker.repairs"
+_NONE_KNOWN = "none known"
 
 REPAIRS: tuple[Repair, ...] = (
     Repair(
-        name="named-timeouts",
-        mends="collectives wait for ever for a worker that is gone, and do not say for which",
-        issue="https://github.com/keras-team/keras/issues/20585",
-        module=_MODULES + "named_timeouts",
+        "building",
+        "fit and evaluate on several workers crash; generators lose batches",
+        "https://github.com/keras-team/keras/issues/20585",
+        f"{_HERE}.building",
     ),
     Repair(
-        name="in-step",
-        mends="what one worker does alone, or stops alone, leaves the others waiting",
-        issue="https://github.com/keras-team/keras/issues/20585",
-        module=_MODULES + "in_step",
+        "steps",
+        "steps_per_execution > 1 crashes; logs are means of means; train_on_batch trains on "
+        "every replica; XLA fails late",
+        "https://github.com/keras-team/keras/issues/20585",
+        f"{_HERE}.steps",
     ),
     Repair(
-        name="chief-writes",
-        mends="callbacks write the same files on every worker, and half of them when killed",
-        issue="https://github.com/keras-team/keras/issues/20585",
-        module=_MODULES + "chief_writes",
+        "loss",
+        "the loss of parts that are unequal, masked or weighted is a mean of means",
+        _NONE_KNOWN,
+        f"{_HERE}.loss",
+    ),
+    Repair(
+        "gradients",
+        "clipnorm, global_clipnorm and clipvalue clip each replica's gradients, not their sum",
+        _NONE_KNOWN,
+        f"{_HERE}.gradients",
+    ),
+    Repair(
+        "conditions",
+        "gradient_accumulation_steps and ema_overwrite_frequency crash",
+        _NONE_KNOWN,
+        f"{_HERE}.conditions",
+    ),
+    Repair(
+        "overflow",
+        "loss scaling skips a step on some replicas alone: NaN weights, or workers that wait",
+        _NONE_KNOWN,
+        f"{_HERE}.overflow",
+    ),
+    Repair(
+        "additional-losses",
+        "add_loss and activity regularizers of one replica are added to another's loss",
+        _NONE_KNOWN,
+        f"{_HERE}.additional_losses",
+    ),
+    Repair(
+        "seeds",
+        "dropout and augmentation draw the same numbers on every replica",
+        _NONE_KNOWN,
+        f"{_HERE}.seeds",
+    ),
+    Repair(
+        "named-timeouts",
+        "collectives wait for ever for a worker that is gone, and do not say for which",
+        "https://github.com/keras-team/keras/issues/20585",
+        f"{_HERE}.named_timeouts",
+    ),
+    Repair(
+        "in-step",
+        "what one worker does alone, or stops alone, leaves the others waiting",
+        "https://github.com/keras-team/keras/issues/20585",
+        f"{_HERE}.in_step",
+    ),
+    Repair(
+        "predictions",
+        "predict_on_batch predicts each example on every replica; one number a batch comes often",
+        _NONE_KNOWN,
+        f"{_HERE}.predictions",
+    ),
+    Repair(
+        "scopes",
+        "what was compiled or built outside of the scope fails deep within the first step",
+        _NONE_KNOWN,
+        f"{_HERE}.scopes",
+    ),
+    Repair(
+        "local-statistics",
+        "BatchNormalization is local on each replica, and nothing says so",
+        _NONE_KNOWN,
+        f"{_HERE}.local_statistics",
+    ),
+    Repair(
+        "inputs",
+        "datasets of one file fail on workers; unequal shards wait; OFF ends early",
+        _NONE_KNOWN,
+        f"{_HERE}.inputs",
+    ),
+    Repair(
+        "shuffling",
+        "workers shuffle arrays each by itself: examples are repeated and lost",
+        _NONE_KNOWN,
+        f"{_HERE}.shuffling",
+    ),
+    Repair(
+        "chief-writes",
+        "callbacks write the same files on every worker, and half of them when killed",
+        _NONE_KNOWN,
+        f"{_HERE}.chief_writes",
     ),
 )

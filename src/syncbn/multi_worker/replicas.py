@@ -6,7 +6,15 @@ from typing import Any
 
 import tensorflow as tf
 
-__all__ = ["in_replica", "is_multi_worker", "replica_count", "sum_over_replicas", "worker_index"]
+__all__ = [
+    "in_replica",
+    "is_multi_worker",
+    "local_replica_count",
+    "replica_count",
+    "sum_over_replicas",
+    "worker_count",
+    "worker_index",
+]
 
 
 def replica_count(strategy: Any = None) -> int:
@@ -26,6 +34,16 @@ def is_multi_worker(strategy: Any) -> bool:
     return bool(getattr(extended, "_in_multi_worker_mode", lambda: False)())
 
 
+def local_replica_count(strategy: Any) -> int:
+    """How many of the replicas are in this process."""
+    return len(strategy.extended.worker_devices)
+
+
+def worker_count(strategy: Any) -> int:
+    """How many processes train together."""
+    return replica_count(strategy) // local_replica_count(strategy)
+
+
 def worker_index(strategy: Any) -> int:
     """The number of this worker in the cluster, the chief's being 0."""
     return int(strategy.extended._id_in_cluster) if is_multi_worker(strategy) else 0
@@ -34,4 +52,6 @@ def worker_index(strategy: Any) -> int:
 def sum_over_replicas(value: Any) -> Any:
     """The sum of every replica's tensor (or of each of a list of them), on each replica."""
     context = tf.distribute.get_replica_context()
-    return context.all_reduce(tf.distribute.ReduceOp.SUM, value)
+    # What is read from a variable may not say on which device it is, which the collective asks.
+    placed = tf.nest.map_structure(tf.identity, value)
+    return context.all_reduce(tf.distribute.ReduceOp.SUM, placed)

@@ -15,15 +15,15 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import tensorflow as tf
-from keras.src.backend.tensorflow.trainer import TensorFlowTrainer, TFEpochIterator
+from keras.src.backend.tensorflow.trainer import TensorFlowTrainer
 from keras.src.callbacks.callback_list import CallbackList
 from tensorflow.python.distribute.values import SyncOnReadVariable
 
 from syncbn.errors import WorkerError
 from syncbn.multi_worker import watch
-from syncbn.multi_worker.board import Board, board_of, exchange
+from syncbn.multi_worker.board import Board, board_of
 from syncbn.multi_worker.progress import callback_in, progress
-from syncbn.multi_worker.repair import MISSING, Patch, source_probe
+from syncbn.multi_worker.repair import Patch, source_probe
 from syncbn.multi_worker.repairs.named_timeouts import OPERATIONS
 
 __all__ = ["is_needed", "patches"]
@@ -69,13 +69,11 @@ def is_needed() -> bool:
 
 
 def patches() -> list[Patch]:
-    """The operations, the callbacks' moments, reads of summed variables, counts of batches."""
+    """The operations, the callbacks' moments, reads of summed variables."""
     return [
         *(Patch(TensorFlowTrainer, name, _together(name)) for name in OPERATIONS),
         *(Patch(CallbackList, hook, _moment(hook)) for hook in HOOKS),
         Patch(SyncOnReadVariable, "_get_cross_replica", _read_together),
-        Patch(TFEpochIterator, "__init__", _as_many_batches),
-        Patch(TFEpochIterator, "reset", _still_as_many),
     ]
 
 
@@ -177,36 +175,3 @@ def _read_together(original: Callable[..., Any]) -> Callable[..., Any]:
         return original(variable)
 
     return _get_cross_replica
-
-
-def _as_many_batches(original: Callable[..., None]) -> Callable[..., None]:
-    """The loop over batches is as long as the longest of any worker's.
-
-    Keras counts the batches of this worker's own data. TensorFlow gives a worker that has no more
-    an empty batch, as long as another has one, so that its loop must not end before.
-    """
-
-    @functools.wraps(original)
-    def __init__(iterator: Any, distribute_strategy: Any = None, *args: Any, **kwargs: Any) -> None:  # noqa: N807
-        original(iterator, distribute_strategy, *args, **kwargs)
-        if distribute_strategy is None or board_of(distribute_strategy) is None:
-            return
-        counts = exchange(distribute_strategy, "counting batches", iterator._num_batches)
-        iterator._syncbn_num_batches = None if None in counts else max(counts)
-        iterator._num_batches = iterator._syncbn_num_batches
-
-    return __init__
-
-
-def _still_as_many(original: Any) -> Callable[..., None]:
-    """Keras counts anew before each pass."""
-
-    def reset(iterator: Any) -> None:
-        if original is MISSING:
-            super(TFEpochIterator, iterator).reset()
-        else:
-            original(iterator)
-        if hasattr(iterator, "_syncbn_num_batches"):
-            iterator._num_batches = iterator._syncbn_num_batches
-
-    return reset

@@ -1,0 +1,85 @@
+"""One replica's share of the global batch, known to the code that a step runs."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import tensorflow as tf
+from keras.src import tree
+from keras.src.trainers.data_adapters.data_adapter_utils import unpack_x_y_sample_weight
+
+from syncbn.multi_worker.replicas import replica_count, sum_over_replicas
+
+__all__ = ["Share", "current_share", "fraction_of_batch", "sharing"]
+
+# One stack a thread: a strategy runs its replicas in threads of their own.
+_shares = threading.local()
+
+
+class Share:
+    """How many examples this replica has of the batch, and all of them together.
+
+    `examples`: a float32 scalar. `losses` and `results`: the tensors that `compute_loss` and
+    `get_metrics_result` have returned in this step, by identity.
+    """
+
+    def __init__(self, examples: Any) -> None:
+        self.examples = examples
+        # By identity, which is one only as long as the object lives: the tensors are kept, too.
+        self.losses: dict[int, Any] = {}
+        self.results: dict[int, Any] = {}
+        self._all: Any = None
+
+    def note(self, name: str, tensors: list[Any]) -> None:
+        """Add to `losses` or `results`."""
+        getattr(self, name).update({id(tensor): tensor for tensor in tensors})
+
+    def all_examples(self) -> Any:
+        """Of every replica. The first call is a collective, if `learn` has not come before."""
+        if self._all is None:
+            self._all = sum_over_replicas(self.examples)
+        return self._all
+
+    def learn(self, all_examples: Any) -> None:
+        """Take the sum from a collective that has carried it along."""
+        if self._all is None:
+            self._all = all_examples
+
+    def fraction(self) -> Any:
+        """This replica's part of the batch: 0 where it is empty."""
+        return tf.math.divide_no_nan(self.examples, self.all_examples())
+
+
+@contextlib.contextmanager
+def sharing(data: Any) -> Iterator[Share]:
+    """For the step that is run on this replica's part of the data."""
+    x, _, _ = unpack_x_y_sample_weight(data)
+    first = next((leaf for leaf in tree.flatten(x) if leaf is not None), None)
+    share = Share(tf.cast(1 if first is None else tf.shape(first)[0], tf.float32))
+    stack = _stack()
+    stack.append(share)
+    try:
+        yield share
+    finally:
+        stack.pop()
+
+
+def current_share() -> Share | None:
+    """That of the innermost step, or none: in a training loop that the user has written."""
+    return _stack()[-1] if _stack() else None
+
+
+def fraction_of_batch() -> Any:
+    """This replica's part of the batch: without a step that tells, all count the same."""
+    share = current_share()
+    return 1.0 / replica_count() if share is None else share.fraction()
+
+
+def _stack() -> list[Share]:
+    if not hasattr(_shares, "stack"):
+        _shares.stack = []
+    stack: list[Share] = _shares.stack
+    return stack
