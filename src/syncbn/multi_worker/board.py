@@ -6,6 +6,7 @@ what the others do, and it works on after the collectives were aborted.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 import time
@@ -52,6 +53,10 @@ def timeout() -> float:
     return enabled.timeout if enabled is not None else DEFAULT_TIMEOUT
 
 
+class _OtherPlace(WorkerError):
+    """Another worker is at another place of the program, or past this one."""
+
+
 class Board:
     """One a process. Its keys are numbered, and all workers advance the numbers alike."""
 
@@ -77,10 +82,13 @@ class Board:
                 value if worker is self.own else self._wait_for(worker, name)
                 for worker in self.workers
             ]
+        except _OtherPlace:
+            raise  # counted: the others have met this worker here, or will, and raise as well
         except BaseException:
-            # Not counted: who raises has not met the others here.
+            # Not counted: this worker has met nobody, and nobody shall meet what it wrote.
             self._number -= 1
-            self.remove(key)
+            with contextlib.suppress(WorkerError):
+                self.remove(key)
             raise
         # Everyone has come here, so that everyone has read what was written before.
         for old in self._used[:-1]:
@@ -100,6 +108,8 @@ class Board:
         self._number += 1
         try:
             return self._wait_for(self.workers[0], name)
+        except _OtherPlace:
+            raise
         except BaseException:
             self._number -= 1
             raise
@@ -116,11 +126,12 @@ class Board:
         text = self.wait(key, worker, name)
         theirs, value = json.loads(text)
         if theirs != name:
-            raise self.apart(worker, name, f"another is at {theirs}", seen=False)
+            found = f"another is at {theirs}"
+            raise _OtherPlace(self.apart(worker, name, found, seen=False))
         return value
 
-    def wait(self, key: str, worker: Worker, name: str) -> str:
-        """What that worker writes under the key.
+    def wait(self, key: str, worker: Worker, name: str, *, here: bool = True) -> str:
+        """What that worker writes under the key; `here`: before it goes past this place.
 
         Raises:
             WorkerError: it is gone, has failed, has gone past this place, or is late.
@@ -138,8 +149,8 @@ class Board:
                 raise self.apart(worker, name, f"it ended by {theirs['failed'][1]}")
             # Looked at once more: it may have come, written the key and gone on meanwhile.
             text = self.read(key, POLL)
-            if text is None and theirs and theirs["phase"] > progress.phase:
-                raise self.apart(worker, name, "it has gone past this place")
+            if here and text is None and theirs and theirs["phase"] > progress.phase:
+                raise _OtherPlace(self.apart(worker, name, "it has gone past this place"))
         return text
 
     def apart(self, worker: Worker, name: str, found: str, seen: bool = True) -> WorkerError:

@@ -101,4 +101,10 @@ REPAIRS: tuple[Repair, ...] = (
         _NONE_KNOWN,
         f"{_HERE}.shuffling",
     ),
+    Repair(
+        "chief-writes",
+        "callbacks write the same files on every worker, and half of them when killed",
+        _NONE_KNOWN,
+        f"{_HERE}.chief_writes",
+    ),
 )

@@ -111,7 +111,7 @@ def callback_in(frame: FrameType | None) -> str | None:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [""])[0][:500]
+    return (str(error).splitlines() or [""])[0][:200]
 
 
 progress = Progress()

@@ -58,8 +58,9 @@ class Watch:
             while not self._ended.wait(PERIOD):
                 self._turn()
         except (WorkerError, tf.errors.OpError) as error:
-            # The board is lost, and with it whatever could be watched.
-            if not self._ended.is_set():
+            # The board is lost, and with it whatever could be watched: at the end of a program
+            # that is nobody's loss.
+            if progress.depth and not self._ended.is_set():
                 self._abort(str(error))
 
     def _turn(self) -> None:
@@ -82,7 +83,8 @@ class Watch:
         elif self.board.is_alive(peer):
             self._suspects.discard(peer.index)
         elif peer.index in self._suspects:  # twice in a row
-            self._abort(f"{peer} is gone: its server does not answer")
+            last_seen = self.board.last_seen(peer)
+            self._abort(f"{peer} is gone: its server does not answer; last seen {last_seen}")
         else:
             self._suspects.add(peer.index)
 

@@ -7,9 +7,11 @@ stops, or that has fewer batches than the others, leaves them waiting.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import tensorflow as tf
@@ -17,6 +19,7 @@ from keras.src.backend.tensorflow.trainer import TensorFlowTrainer
 from keras.src.callbacks.callback_list import CallbackList
 from tensorflow.python.distribute.values import SyncOnReadVariable
 
+from syncbn.errors import WorkerError
 from syncbn.multi_worker import watch
 from syncbn.multi_worker.board import Board, board_of
 from syncbn.multi_worker.progress import callback_in, progress
@@ -47,6 +50,14 @@ STOPS = {
     "on_test_batch_end": "stop_evaluating",
     "on_predict_batch_end": "stop_predicting",
 }
+# The arguments that say how often an operation meets the other workers.
+LENGTHS = ("epochs", "initial_epoch", "steps_per_epoch", "validation_steps", "steps")
+# The moment after each loop of batches.
+LOOPS = {
+    "on_epoch_end": "on_train_batch_end",
+    "on_test_end": "on_test_batch_end",
+    "on_predict_end": "on_predict_batch_end",
+}
 
 
 def is_needed() -> bool:
@@ -72,8 +83,25 @@ def _meet(board: Board, name: str, value: Any = None) -> list[Any]:
     return board.exchange(f"{name}, called in a callback" if found else name, value)
 
 
+def _begin(board: Board, name: str, arguments: Mapping[str, Any]) -> None:
+    """Meet at the entry of an operation, and see that it is equally long everywhere.
+
+    Raises:
+        WorkerError: a worker is elsewhere, or was given other numbers.
+    """
+    own = {key: arguments[key] for key in LENGTHS if isinstance(arguments.get(key), int)}
+    for worker, theirs in zip(board.workers, _meet(board, f"{name}()", own), strict=True):
+        if theirs != own:
+            raise WorkerError(
+                f"{name}() requires the same numbers of steps and epochs on every worker. "
+                f"Received: {own} on {board.own}, {theirs} on {worker}."
+            )
+
+
 def _together(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     def replacement(original: Callable[..., Any]) -> Callable[..., Any]:
+        signature = inspect.signature(original)
+
         @functools.wraps(original)
         def operation(model: Any, *args: Any, **kwargs: Any) -> Any:
             board = board_of(model.distribute_strategy)
@@ -82,12 +110,13 @@ def _together(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
             try:
                 # Within an operation only what a callback calls can be on one worker alone.
                 if progress.depth == 0 or progress.in_callback:
-                    _meet(board, f"{name}()")
+                    _begin(board, name, signature.bind(model, *args, **kwargs).arguments)
                 with progress.inside(name):
                     return original(model, *args, **kwargs)
             except BaseException:
                 if progress.failed is not None:
-                    board.publish()  # at once: the process may be about to end
+                    with contextlib.suppress(WorkerError):  # the board went with the chief
+                        board.publish()  # at once: this process may be about to end
                 raise
 
         return operation
@@ -109,22 +138,25 @@ def _moment(hook: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
                 progress.epoch = number
             with progress.callbacks(hook, words, number):
                 original(callbacks, *args, **kwargs)
-            model = callbacks._model
-            if hook in STOPS and model is not None:
-                asked = bool(getattr(model, STOPS[hook], False))
-                setattr(model, STOPS[hook], watching.stops.after_batch(asked))
-            elif hook == "on_epoch_end" and model is not None:
-                wants = watching.board.exchange(
-                    f"the end of epoch {(number or 0) + 1}", bool(model.stop_training)
-                )
-                model.stop_training = any(wants)
-            if not hook.endswith("batch_end"):
-                watching.stops.forget()
+            if callbacks._model is not None:
+                _agree_on_stopping(watching, callbacks._model, hook, number)
             return None
 
         return moment
 
     return replacement
+
+
+def _agree_on_stopping(watching: watch.Watch, model: Any, hook: str, number: int | None) -> None:
+    if hook in STOPS:
+        asked = bool(getattr(model, STOPS[hook], False))
+        setattr(model, STOPS[hook], watching.stops.after_batch(hook, asked))
+    elif hook in LOOPS:
+        asked = watching.stops.after_loop(LOOPS[hook])
+        if hook == "on_epoch_end":
+            name = f"the end of epoch {(number or 0) + 1}"
+            wants = watching.board.exchange(name, asked or bool(model.stop_training))
+            model.stop_training = any(wants)
 
 
 def _read_together(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -19,7 +19,7 @@ from tensorflow.python.ops import collective_ops
 
 from syncbn.errors import WorkerError
 from syncbn.multi_worker import watch
-from syncbn.multi_worker.board import Board, board_of, timeout
+from syncbn.multi_worker.board import Board, Worker, board_of, timeout
 from syncbn.multi_worker.progress import progress
 from syncbn.multi_worker.repair import Patch, source_probe
 
@@ -129,14 +129,10 @@ def _named(board: Board, name: str, begun: float) -> WorkerError:
     watching = watch.current()
     here = progress.words()
     waited = min(watching.stuck_for() if watching else time.monotonic(), time.monotonic() - begun)
-    found = [watching.verdict] if watching and watching.verdict else []
-    for worker in board.peers:
-        try:
-            seen = f"last seen {board.last_seen(worker)}"
-        except WorkerError:  # the board went with the chief
-            seen = "and it cannot be read what it did last"
-        state = "alive" if board.is_alive(worker) else "gone (its server does not answer)"
-        found.append(f"{worker} is {state}, {seen}")
+    if watching and watching.verdict:
+        found = [watching.verdict]
+    else:
+        found = [f"{worker} is {_state(board, worker)}" for worker in board.peers]
     error: WorkerError = WorkerError(
         f"{name}() requires all {len(board.workers)} workers at the same step. "
         f"Received: {'; '.join(found)}. This is {board.own}, which waited {waited:.1f} s at "
@@ -145,3 +141,11 @@ def _named(board: Board, name: str, begun: float) -> WorkerError:
         "give enable_multi_worker(timeout=…) more seconds."
     )
     return error
+
+
+def _state(board: Board, worker: Worker) -> str:
+    state = "alive" if board.is_alive(worker) else "gone (its server does not answer)"
+    try:
+        return f"{state}, last seen {board.last_seen(worker)}"
+    except WorkerError:  # the board went with the chief
+        return f"{state}, and what it did last cannot be read"
