@@ -24,9 +24,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--worlds", type=_names, default=[w for w in WORLDS if w != REFERENCE], help="by commas"
     )
-    parser.add_argument(
-        "--without", type=_names, default=[], help="repairs to leave out, by commas"
-    )
+    parser.add_argument("--without", type=_names, default=[], help="repairs, by commas")
     parser.add_argument("--no-repairs", action="store_true", help="Keras as it is")
     parser.add_argument("--verbose", action="store_true", help="the tracebacks of errors too")
     return parser.parse_args(arguments)
