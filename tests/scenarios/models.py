@@ -72,7 +72,9 @@ def dense_model(
         **compiled: of `compile_model`.
     """
     with world.scope():
-        model = keras.Sequential([keras.Input((features,)), keras.layers.Dense(5)])
+        # Before a normalization the gradient of a bias is 0, and rounding is all that moves it.
+        first = keras.layers.Dense(5, use_bias=not normalized)
+        model = keras.Sequential([keras.Input((features,)), first])
         if normalized:
             model.add(syncbn.SyncBatchNormalization(momentum=0.8))
         for make in layers:

@@ -61,7 +61,7 @@ def scenario(
 
     def register(run: Callable[[World], Mapping[str, Any]]) -> Any:
         own = name or run.__name__
-        assert own not in SCENARIOS, own
+        assert own not in SCENARIOS and not {*own} & {*",@/"}, own
         SCENARIOS[own] = Scenario(own, run, tuple(covers), tuple(repairs), **options)
         return run
 

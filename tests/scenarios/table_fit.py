@@ -161,7 +161,7 @@ def _convolutional(size: int, use_bias: bool) -> Any:
 scenario(name="convolution", covers=["a convolutional model"])(_convolutional(100, True))
 scenario(name="convolution[empty replica]", covers=["an empty replica"])(_convolutional(65, False))
 scenario(
-    name="convolution[empty replica, bias]",
+    name="convolution[empty replica with bias]",
     covers=["an empty replica: oneDNN's gradient of a filter with a bias"],
 )(_convolutional(65, True))
 
