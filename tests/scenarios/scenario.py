@@ -27,7 +27,7 @@ class Scenario:
     """A piece of training, and what must come out of it.
 
     `covers`: the defects of Keras that it meets, in words; `repairs`: those of the catalogue that
-    it needs, each of which when left out makes it fail. `error`: the type's name and words that
+    it needs, each of which when left out makes it fail in the worlds `witnesses`. `error`: the type's name and words that
     must be raised in `error_worlds`, where there is no right result. `seconds`: until it counts as
     hanging.
     """
@@ -41,6 +41,7 @@ class Scenario:
     tolerance: float = TOLERANCE
     error: tuple[str, str] | None = None
     error_worlds: tuple[str, ...] = REPLICATED
+    witnesses: tuple[str, ...] = ("mirrored2",)
     seconds: float = 40.0
 
     def observe(self, world: World) -> dict[str, np.ndarray]:
@@ -61,7 +62,8 @@ def scenario(
 
     def register(run: Callable[[World], Mapping[str, Any]]) -> Any:
         own = name or run.__name__
-        assert own not in SCENARIOS and not {*own} & {*",@/"}, own
+        assert own not in SCENARIOS, own
+        assert not {*own} & {*",@/"}, own
         SCENARIOS[own] = Scenario(own, run, tuple(covers), tuple(repairs), **options)
         return run
 
