@@ -1,4 +1,4 @@
-"""Keras's training on workers, each a process, gives what one device gives: the core's scenarios."""
+"""Keras's training on worker processes gives what one device gives: the core of the table."""
 
 import pytest
 

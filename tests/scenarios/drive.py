@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -72,8 +73,18 @@ def _left(folder: Path, jobs: list[str], workers: int, ended: list[Ended]) -> li
             write(folder, job, worker, error_array(kind, message, output[-8000:]))
         # One worker may have been further than the other.
         for later in jobs[position + 1 :]:
+            _forget_scratch(folder, later)
             for worker in range(workers):
                 for path in (result_path, started_path):
                     path(folder, later, worker).unlink(missing_ok=True)
         return jobs[position + 1 :]
     return []
+
+
+def _forget_scratch(folder: Path, job: str) -> None:
+    """Its files, and the marks of workers that have waited for each other."""
+    for path in folder.iterdir():
+        if path.name == f"scratch.{job}":
+            shutil.rmtree(path)
+        elif path.name.startswith(f"scratch.{job}."):
+            path.unlink()

@@ -49,27 +49,28 @@ def run(job: str, world: World, repairs: Any) -> bool:
     scratch = world.folder / f"scratch.{job}"
     scratch.mkdir(exist_ok=True)
     started_path(world.folder, job, world.worker).touch()
+    own = dataclasses.replace(world, folder=scratch)
     survives = True
     faulthandler.dump_traceback_later(entry.seconds, exit=True)
     try:
         with repairs:
-            observed = entry.observe(dataclasses.replace(world, folder=scratch))
+            observed = entry.observe(own)
     except Exception as error:  # noqa: BLE001 - whatever it is, it is the result
         kind = type(error).__name__
         observed = error_array(kind, str(error), traceback.format_exc())
-        survives = _all_failed(world, job, error)
+        survives = _all_failed(own, error)
     finally:
         faulthandler.cancel_dump_traceback_later()
     write(world.folder, job, world.worker, observed)
     return survives
 
 
-def _all_failed(world: World, job: str, error: Exception) -> bool:
+def _all_failed(world: World, error: Exception) -> bool:
     """Whether every worker fails alike, outside of TensorFlow: none is left in a collective."""
     if isinstance(error, tf.errors.OpError) and world.workers > 1:
         return False
     try:
-        world.wait_for_workers(f"failed.{job}", seconds=3.0)
+        world.wait_for_workers("failure", seconds=3.0)
     except TimeoutError:
         return False
     return True

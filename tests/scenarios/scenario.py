@@ -27,9 +27,9 @@ class Scenario:
     """A piece of training, and what must come out of it.
 
     `covers`: the defects of Keras that it meets, in words; `repairs`: those of the catalogue that
-    it needs, each of which when left out makes it fail in the worlds `witnesses`. `error`: the type's name and words that
-    must be raised in `error_worlds`, where there is no right result. `seconds`: until it counts as
-    hanging.
+    it needs, each of which when left out makes it fail in the worlds `witnesses`. `error`: the
+    type's name and words that must be raised in `error_worlds`, where there is no right result.
+    `seconds`: until it counts as hanging.
     """
 
     name: str

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -69,20 +70,28 @@ class World:
         """Return once every worker is here. By files: it must work where collectives do not."""
         if self.workers == 1:
             return
-        (self.folder.parent / f"{self.folder.name}.{name}.{self.worker}").touch()
+        _meetings[name] += 1
+        stem = f"{self.folder.name}.{name}{_meetings[name]}."
+        (self.folder.parent / f"{stem}{self.worker}").touch()
         deadline = time.monotonic() + seconds
-        pattern = f"{self.folder.name}.{name}.*"
-        while len(list(self.folder.parent.glob(pattern))) < self.workers:
+        while any(not (self.folder.parent / f"{stem}{w}").exists() for w in range(self.workers)):
             if time.monotonic() > deadline:
                 raise TimeoutError(f"a worker never came to {name!r}")
             time.sleep(0.01)
 
     def files(self) -> list[str]:
         """What all workers have written into the scenario's folder, once they are all here."""
-        self.wait_for_workers(f"files{time.monotonic_ns() if self.workers == 1 else ''}")
-        return sorted(
+        self.wait_for_workers("files")
+        found = sorted(
             str(path.relative_to(self.folder)) for path in self.folder.rglob("*") if path.is_file()
         )
+        # None goes on to write more before all have looked.
+        self.wait_for_workers("files")
+        return found
+
+
+# How often this process has waited for the others, by name.
+_meetings: Counter[str] = Counter()
 
 
 def make_world(name: str, folder: Path) -> World:
