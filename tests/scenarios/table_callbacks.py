@@ -136,7 +136,13 @@ if importlib.util.find_spec("tensorboard"):
     scenario(covers=["TensorBoard: its files are the chief's"])(tensor_board)
 
 
-@scenario(covers=["stop_training on one worker only"], core=True, seconds=90)
+@scenario(
+    covers=["stop_training on one worker only"],
+    core=True,
+    seconds=90,
+    repairs=["in-step"],
+    witnesses=("workers2x1",),
+)
 def stop_on_one_worker(world: World) -> Any:
     """The decision of any worker is that of all, at the end of the epoch."""
 
@@ -178,6 +184,8 @@ for _what in ("evaluate", "predict", "predict_on_batch"):
     scenario(
         name=f"{_what} on the chief alone",
         covers=["what only the chief does"],
+        repairs=["in-step"],
+        witnesses=("workers2x1",),
         error=("WorkerError", "chief|worker"),
         error_worlds=MULTI_WORKER,
         worlds=("one", *MULTI_WORKER),

@@ -34,7 +34,7 @@ def arrays(world: World) -> Any:
     )
 
 
-@scenario(covers=["an empty replica", "ragged last batch"], core=True)
+@scenario(covers=["an empty replica", "ragged last batch"], core=True, repairs=["loss"])
 def last_batch_of_one(world: World) -> Any:
     return fit(dense_model(world, metrics=lambda: ["mae"]), normal(65, 6), targets(65))
 
@@ -84,7 +84,7 @@ def evaluate_and_predict(world: World) -> Any:
     }
 
 
-@scenario(covers=["steps_per_execution"], core=True)
+@scenario(covers=["steps_per_execution"], core=True, repairs=["steps"])
 def steps_per_execution(world: World) -> Any:
     model = dense_model(world, metrics=lambda: ["mae"], steps_per_execution=3)
     x, y = normal(113, 6), targets(113)
@@ -166,7 +166,11 @@ scenario(
 )(_convolutional(65, True))
 
 
-@scenario(covers=["train_on_batch", "test_on_batch", "predict_on_batch"], core=True)
+@scenario(
+    covers=["train_on_batch", "test_on_batch", "predict_on_batch"],
+    core=True,
+    repairs=["predictions", "steps"],
+)
 def on_batch(world: World) -> Any:
     model = dense_model(world, metrics=lambda: ["mae"])
     x, y = normal(31, 6), targets(31)
@@ -188,7 +192,9 @@ def on_batch_with_weights(world: World) -> Any:
     return {**logs, **observe_model(model)}
 
 
-@scenario(covers=["shuffling without a seed"], core=True)
+@scenario(
+    covers=["shuffling without a seed"], core=True, repairs=["shuffling"], witnesses=("workers2x1",)
+)
 def shuffled(world: World) -> Any:
     """Every example once an epoch, whatever worker has it, in another order each epoch."""
     with world.scope():
@@ -221,7 +227,7 @@ def shuffled(world: World) -> Any:
     }
 
 
-@scenario(covers=["batch logs on a ragged step"], core=True)
+@scenario(covers=["batch logs on a ragged step"], core=True, repairs=["steps"])
 def batch_logs(world: World) -> Any:
     model = dense_model(world, metrics=lambda: ["mae"])
     seen: list[list[float]] = []
@@ -251,13 +257,23 @@ def scalar_predictions(world: World) -> Any:
     return {"predicted": model.predict(normal(64, 6), batch_size=32, verbose=0)}
 
 
-@scenario(covers=["jit_compile"], error=("UnsupportedFeatureError", "jit_compile"), core=True)
+@scenario(
+    covers=["jit_compile"],
+    error=("UnsupportedFeatureError", "jit_compile"),
+    core=True,
+    repairs=["steps"],
+)
 def jit_compile(world: World) -> Any:
     model = dense_model(world, normalized=False, jit_compile=True)
     return fit(model, normal(64, 6), targets(64), epochs=1, observe=False)
 
 
-@scenario(covers=["compile outside the scope"], error=("InputError", "scope"), core=True)
+@scenario(
+    covers=["compile outside the scope"],
+    error=("InputError", "scope"),
+    core=True,
+    repairs=["scopes"],
+)
 def compile_outside_the_scope(world: World) -> Any:
     with world.scope():
         model = keras.Sequential([keras.Input((6,)), keras.layers.Dense(2)])

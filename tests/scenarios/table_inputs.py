@@ -173,7 +173,13 @@ def sharded_by_data(world: World) -> Any:
     return fit(dense_model(world), _shard(_dataset(), "DATA"))
 
 
-@scenario(covers=["AutoShardPolicy.OFF"], worlds=("one", *MULTI_WORKER), core=True)
+@scenario(
+    covers=["AutoShardPolicy.OFF"],
+    worlds=("one", *MULTI_WORKER),
+    core=True,
+    repairs=["inputs"],
+    witnesses=("workers2x1",),
+)
 def not_sharded(world: World) -> Any:
     """Each worker brings its own half of every batch: together they are the global batches."""
     x, y = normal(96, 6), targets(96)
@@ -218,6 +224,8 @@ def sharded_by_file(world: World) -> Any:
     worlds=("one", *MULTI_WORKER),
     error=("InputError", "file"),
     error_worlds=MULTI_WORKER,
+    repairs=["inputs"],
+    witnesses=("workers2x1",),
 )
 def fewer_files_than_workers(world: World) -> Any:
     return fit(dense_model(world), _shard(_files(world, 1).batch(32), "FILE"))

@@ -51,7 +51,7 @@ def sum_without_weights(world: World) -> Any:
     return fit(model, normal(65, 6), targets(65), validation_data=(normal(9, 6), targets(9)))
 
 
-@scenario(covers=["a loss function that returns a scalar"], core=True)
+@scenario(covers=["a loss function that returns a scalar"], core=True, repairs=["loss"])
 def scalar_loss(world: World) -> Any:
     """Of full batches: of a ragged one nobody but the function knows what it averages over."""
 
@@ -69,7 +69,11 @@ def weight_regularizers(world: World) -> Any:
     return fit(dense_model(world, layers=layers), normal(65, 6), targets(65))
 
 
-@scenario(covers=["activity regularizers", "losses of the replicas' threads"], core=True)
+@scenario(
+    covers=["activity regularizers", "losses of the replicas' threads"],
+    core=True,
+    repairs=["additional-losses"],
+)
 def activity_regularizers(world: World) -> Any:
     """Keras divides the penalty by the batch's size, so that it is a mean over examples."""
     regularizer = keras.regularizers.L2(0.05)
@@ -91,7 +95,9 @@ class Penalty(keras.layers.Layer):
         return x
 
 
-@scenario(covers=["add_loss", "losses of the replicas' threads"], core=True)
+@scenario(
+    covers=["add_loss", "losses of the replicas' threads"], core=True, repairs=["additional-losses"]
+)
 def add_loss(world: World) -> Any:
     layers = (Penalty, lambda: keras.layers.Dense(4), Penalty)
     return fit(dense_model(world, layers=layers), normal(128, 6), targets(128))
@@ -121,7 +127,7 @@ def _masked(world: World, **compiled: Any) -> Any:
     return model
 
 
-@scenario(covers=["masked losses with unequal masks"], core=True)
+@scenario(covers=["masked losses with unequal masks"], core=True, repairs=["loss"])
 def masks(world: World) -> Any:
     model = _masked(world, metrics=lambda: ["mae"], weighted_metrics=lambda: ["mse"])
     return fit(model, *_sequences(), validation_data=_sequences(5))
@@ -194,7 +200,7 @@ for _how, _size in {"guide": 128, "compute_loss": 65, "own": 65}.items():
     )
 
 
-@scenario(covers=["dropout, the same mask on every replica"], core=True)
+@scenario(covers=["dropout, the same mask on every replica"], core=True, repairs=["seeds"])
 def dropout(world: World) -> Any:
     """Not what one device draws, but another mask for every example, at the right rate."""
     with world.scope():
