@@ -27,7 +27,7 @@ import tensorflow as tf
 
 import syncbn
 from tests.scenarios.results import error_array, result_path, started_path, write
-from tests.scenarios.scenario import SCENARIOS, select
+from tests.scenarios.scenario import SCENARIOS, Scenario, select
 from tests.scenarios.world import REFERENCE, World, make_world
 
 # The exit status of a worker that has failed: its peer's collectives are of no more use.
@@ -58,19 +58,19 @@ def run(job: str, world: World, repairs: Any) -> bool:
     except Exception as error:  # noqa: BLE001 - whatever it is, it is the result
         kind = type(error).__name__
         observed = error_array(kind, str(error), traceback.format_exc())
-        survives = _all_failed(own, error)
+        survives = _all_failed(entry, own, error) and not entry.breaks
     finally:
         faulthandler.cancel_dump_traceback_later()
     write(world.folder, job, world.worker, observed)
     return survives
 
 
-def _all_failed(world: World, error: Exception) -> bool:
+def _all_failed(entry: Scenario, world: World, error: Exception) -> bool:
     """Whether every worker fails alike, outside of TensorFlow: none is left in a collective."""
     if isinstance(error, tf.errors.OpError) and world.workers > 1:
         return False
     try:
-        world.wait_for_workers("failure", seconds=3.0)
+        world.wait_for_workers("failure", seconds=20.0 if entry.breaks else 3.0)
     except TimeoutError:
         return False
     return True
@@ -98,7 +98,9 @@ def main(arguments: list[str]) -> int:
         if options.no_repairs or options.world == REFERENCE:
             repairs: Any = contextlib.nullcontext()
         else:
-            repairs = syncbn.enable_multi_worker(without=left_out | set(job.split("@")[1:]))
+            entry = SCENARIOS[job.split("@")[0]]
+            without = left_out | set(job.split("@")[1:])
+            repairs = syncbn.enable_multi_worker(without=without, timeout=entry.timeout)
         if not run(job, world, repairs):
             return BROKEN
     return 0

@@ -29,7 +29,8 @@ class Scenario:
     `covers`: the defects of Keras that it meets, in words; `repairs`: those of the catalogue that
     it needs, each of which when left out makes it fail in the worlds `witnesses`. `error`: the
     type's name and words that must be raised in `error_worlds`, where there is no right result.
-    `seconds`: until it counts as hanging.
+    `timeout`: seconds that a collective may take, fewer than `seconds`, after which the scenario
+    counts as hanging. `breaks`: it leaves processes of no more use.
     """
 
     name: str
@@ -42,7 +43,9 @@ class Scenario:
     error: tuple[str, str] | None = None
     error_worlds: tuple[str, ...] = REPLICATED
     witnesses: tuple[str, ...] = ("mirrored2",)
-    seconds: float = 40.0
+    timeout: float = 30.0
+    seconds: float = 45.0
+    breaks: bool = False
 
     def observe(self, world: World) -> dict[str, np.ndarray]:
         return {name: np.asarray(value) for name, value in self.run(world).items()}

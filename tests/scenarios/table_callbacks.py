@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import time
 from pathlib import Path
 from typing import Any
 
@@ -191,6 +192,27 @@ for _what in ("evaluate", "predict", "predict_on_batch"):
         worlds=("one", *MULTI_WORKER),
         seconds=90,
     )(_on_the_chief(_what))
+
+
+@scenario(
+    covers=["a worker that is late"],
+    repairs=["named-timeouts"],
+    witnesses=("workers2x1",),
+    error=("WorkerError", "waited"),
+    error_worlds=MULTI_WORKER,
+    worlds=("one", *MULTI_WORKER),
+    timeout=6,
+    breaks=True,
+)
+def late_worker(world: World) -> Any:
+    """The last worker sleeps for longer than a collective may take: none waits for ever."""
+    x, y, _ = _data()
+
+    def sleep(epoch: int, logs: Any) -> None:  # noqa: ARG001 - called by name
+        if epoch == 0 and world.worker > 0:
+            time.sleep(15)
+
+    return fit(dense_model(world), x, y, callbacks=[_C.LambdaCallback(on_epoch_end=sleep)])
 
 
 @scenario(covers=["evaluate within a callback, on all workers"])

@@ -36,10 +36,6 @@ WORLDS: dict[str, Shape] = {
     "workers2x2": Shape(2, 2),
 }
 
-# Seconds that a collective may take: a scenario's own limit is above it, so that TensorFlow's
-# error is seen where there is one.
-COLLECTIVE_TIMEOUT = 60
-
 
 @dataclass(frozen=True)
 class World:
@@ -105,7 +101,7 @@ def make_world(name: str, folder: Path) -> World:
 
 
 def _multi_worker_strategy(local_replicas: int) -> Any:
-    """RING collectives: the default would be NCCL where there are GPUs."""
+    """RING collectives: the default would be NCCL where there are GPUs. Timeouts are a repair's."""
     if local_replicas > 1:
         make_virtual_devices(local_replicas)
         _use_every_local_device(local_replicas)
@@ -113,7 +109,6 @@ def _multi_worker_strategy(local_replicas: int) -> Any:
     return tf.distribute.MultiWorkerMirroredStrategy(
         communication_options=experimental.CommunicationOptions(
             implementation=experimental.CommunicationImplementation.RING,
-            timeout_seconds=COLLECTIVE_TIMEOUT,
         )
     )
 
