@@ -205,14 +205,19 @@ for _what in ("evaluate", "predict", "predict_on_batch"):
     breaks=True,
 )
 def late_worker(world: World) -> Any:
-    """The last worker sleeps for longer than a collective may take: none waits for ever."""
+    """The last worker's data are later than a collective may take: none waits for ever."""
     x, y, _ = _data()
 
-    def sleep(epoch: int, logs: Any) -> None:  # noqa: ARG001 - called by name
-        if epoch == 0 and world.worker > 0:
-            time.sleep(15)
+    class Late(keras.utils.PyDataset):
+        def __len__(self) -> int:
+            return 4
 
-    return fit(dense_model(world), x, y, callbacks=[_C.LambdaCallback(on_epoch_end=sleep)])
+        def __getitem__(self, index: int) -> Any:
+            if index == 2 and world.worker > 0:
+                time.sleep(15)
+            return x[16 * index : 16 * (index + 1)], y[16 * index : 16 * (index + 1)]
+
+    return fit(dense_model(world), Late())
 
 
 @scenario(covers=["evaluate within a callback, on all workers"])
