@@ -182,16 +182,13 @@ def sharded_by_data(world: World) -> Any:
 )
 def not_sharded(world: World) -> Any:
     """Each worker brings its own half of every batch: together they are the global batches."""
-    x, y = normal(96, 6), targets(96)
-    if world.workers == 1:
-        return fit(dense_model(world), tf.data.Dataset.from_tensor_slices((x, y)).batch(32))
-    own = [a.reshape(3, 2, 16, -1)[:, world.worker].reshape(48, -1) for a in (x, y)]
-    # A batch size is that of all replicas: each worker takes its part of such a batch.
-    given = tf.data.Dataset.from_tensor_slices(tuple(own)).batch(16)
-    given = world.strategy.distribute_datasets_from_function(
-        lambda context: given.unbatch().batch(16 // (world.replicas // context.num_input_pipelines))
-    )
-    return fit(dense_model(world), given)
+    x, y = normal(128, 6), targets(128)
+    if world.workers > 1:
+        x, y = (a.reshape(4, 2, 16, -1)[:, world.worker].reshape(64, -1) for a in (x, y))
+    # The batch size is that of all workers: of such a batch each takes the first half, then the
+    # second, since it has no other examples.
+    given = tf.data.Dataset.from_tensor_slices((x, y)).batch(32)
+    return fit(dense_model(world), _shard(given, "OFF"))
 
 
 def _files(world: World, count: int) -> Any:
