@@ -18,7 +18,7 @@ from tests.scenarios.models import (
     set_weights,
     targets,
 )
-from tests.scenarios.scenario import MULTI_WORKER, scenario
+from tests.scenarios.scenario import scenario
 from tests.scenarios.world import World
 
 
@@ -248,7 +248,9 @@ def batch_logs(world: World) -> Any:
 
 
 @scenario(
-    covers=["predict of one scalar a batch"], error=("InputError", "batch"), worlds=MULTI_WORKER
+    covers=["predict of one scalar a batch"],
+    repairs=["predictions"],
+    error=("UnsupportedFeatureError", "axis of examples"),
 )
 def scalar_predictions(world: World) -> Any:
     with world.scope():
