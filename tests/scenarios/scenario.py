@@ -44,7 +44,7 @@ class Scenario:
     error_worlds: tuple[str, ...] = REPLICATED
     witnesses: tuple[str, ...] = ("mirrored2",)
     timeout: float = 30.0
-    seconds: float = 45.0
+    seconds: float = 90.0
     breaks: bool = False
 
     def observe(self, world: World) -> dict[str, np.ndarray]:

@@ -140,7 +140,6 @@ if importlib.util.find_spec("tensorboard"):
 @scenario(
     covers=["stop_training on one worker only"],
     core=True,
-    seconds=90,
     repairs=["in-step"],
     witnesses=("workers2x1",),
 )
@@ -156,7 +155,7 @@ def stop_on_one_worker(world: World) -> Any:
     return fit(dense_model(world), x, y, epochs=4, callbacks=[Stop()])
 
 
-@scenario(covers=["stop_training on one worker only, within an epoch"], seconds=90)
+@scenario(covers=["stop_training on one worker only, within an epoch"])
 def stop_on_one_worker_within_an_epoch(world: World) -> Any:
     class Stop(_C.Callback):
         def on_train_batch_end(self, batch: int, logs: Any = None) -> None:  # noqa: ARG002
@@ -190,7 +189,6 @@ for _what in ("evaluate", "predict", "predict_on_batch"):
         error=("WorkerError", "chief|worker"),
         error_worlds=MULTI_WORKER,
         worlds=("one", *MULTI_WORKER),
-        seconds=90,
     )(_on_the_chief(_what))
 
 
