@@ -22,6 +22,7 @@ from syncbn.multi_worker import watch
 from syncbn.multi_worker.board import Board, Worker, board_of, timeout
 from syncbn.multi_worker.progress import progress
 from syncbn.multi_worker.repair import Patch, source_probe
+from syncbn.multi_worker.replicas import is_multi_worker
 
 __all__ = ["OPERATIONS", "is_needed", "patches"]
 
@@ -68,7 +69,8 @@ def patches() -> list[Patch]:
 def _options(launcher: Any, options: Any) -> Any:
     """The options of this call, of the strategy, or our timeout, whichever says one first."""
     merged = launcher._options.merge(options)
-    if merged.timeout_seconds:
+    # Replicas of one process cannot be late, and watching the clock costs each collective time.
+    if merged.timeout_seconds or not is_multi_worker(tf.distribute.get_strategy()):
         return options
     ours = collective_util.Options(timeout_seconds=timeout())
     return ours if options is None else options.merge(ours)

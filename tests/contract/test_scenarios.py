@@ -1,0 +1,14 @@
+"""Keras's training on replicas of one process gives what one device gives: the core's scenarios."""
+
+import pytest
+from tests.scenarios.runs import assert_equals_one_device
+from tests.scenarios.scenario import select
+
+WORLDS = ["one_repaired", "mirrored2", "mirrored4"]
+
+
+@pytest.mark.parametrize(
+    ("world", "job"), [(world, job) for world in WORLDS for job in select(world, core=True)]
+)
+def test_training_on_replicas_gives_what_one_device_gives(world, job):
+    assert_equals_one_device(world, job)
