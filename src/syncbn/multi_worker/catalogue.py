@@ -107,4 +107,10 @@ REPAIRS: tuple[Repair, ...] = (
         _NONE_KNOWN,
         f"{_HERE}.chief_writes",
     ),
+    Repair(
+        "legacy-files",
+        "a model loaded from an .h5 file fails at its first step: Unknown variable",
+        _NONE_KNOWN,
+        f"{_HERE}.legacy_files",
+    ),
 )
