@@ -20,7 +20,8 @@ if TYPE_CHECKING:
         WorkerError,
     )
     from syncbn.layer import SyncBatchNormalization
-    from syncbn.multi_worker import average_moving_statistics, enable_multi_worker
+    from syncbn.multi_worker import enable_multi_worker
+    from syncbn.multi_worker.moving_statistics import average_moving_statistics
 
 __version__ = "0.1.0"
 
@@ -32,7 +33,7 @@ _MODULE_OF = {
     "SyncbnError": "syncbn.errors",
     "UnsupportedFeatureError": "syncbn.errors",
     "WorkerError": "syncbn.errors",
-    "average_moving_statistics": "syncbn.multi_worker",
+    "average_moving_statistics": "syncbn.multi_worker.moving_statistics",
     "enable_multi_worker": "syncbn.multi_worker",
 }
 

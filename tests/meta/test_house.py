@@ -113,12 +113,24 @@ def test_no_module_imports_to_its_right(path):
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(SOURCE)))
 def test_frameworks_are_imported_in_the_backends_alone(path):
-    if "_backends" in path.parts:
+    # The repairs are of Keras's trainer for TensorFlow, and of nothing else.
+    if {"_backends", "multi_worker"} & {*path.parts}:
         return
     found = {name.split(".")[0] for name in imports_of(path)} & (FRAMEWORKS - {"keras"})
     # The command asks whether TensorFlow is there, to say what to install.
     allowed = {"tensorflow"} if path == SOURCE / "cli" / "train.py" else set()
     assert found <= allowed
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(SOURCE)))
+def test_the_repair_of_keras_hangs_off_keras_alone(path):
+    """It knows no layer of ours, and nothing of ours needs it: either can go upstream or away."""
+    inside = "multi_worker" in path.parts
+    for imported in imports_of(path):
+        if inside and imported.startswith("syncbn"):
+            assert imported.startswith(("syncbn.errors", "syncbn.multi_worker")), imported
+        elif not inside and path != SOURCE / "__init__.py":
+            assert not imported.startswith("syncbn.multi_worker"), imported
 
 
 PYTHON_FILES = [

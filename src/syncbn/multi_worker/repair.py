@@ -78,6 +78,10 @@ class Repair:
             return bool(importlib.import_module(self.module).is_needed())
         except RepairError as error:
             raise RepairError(f"repair {self.name!r}: {error}") from error
+        except ImportError as error:
+            # What it would replace is not there.
+            found = _cannot_tell(error.name or "module", f"none ({error})")
+            raise RepairError(f"repair {self.name!r}: {found}") from error
 
     def patches(self) -> list[Patch]:
         """What it replaces, in order."""

@@ -6,8 +6,6 @@ from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Self
 
-import keras
-
 from syncbn.errors import InputError
 from syncbn.multi_worker.catalogue import REPAIRS
 
@@ -30,6 +28,9 @@ class MultiWorker:
 
     def _apply(self) -> None:
         """Ask every probe before the first patch, so that an error leaves Keras as it was."""
+        # Here and not above: the catalogue can be read where Keras is broken or absent.
+        import keras
+
         if keras.backend.backend() != "tensorflow":
             self.not_needed = tuple(repair.name for repair in REPAIRS)
             return
@@ -76,7 +77,37 @@ def active() -> MultiWorker | None:
 
 
 def enable_multi_worker(*, without: Iterable[str] = (), timeout: float = 120.0) -> MultiWorker:
-    """Make Keras's training on several replicas and workers give what one device gives."""
+    """Make Keras's training on several replicas and workers give what one device gives.
+
+    Under `tf.distribute`, `fit`, `evaluate`, `predict` and their kin, of models with any layers,
+    then have the loss, the metrics, the gradients and the weights of one device on the whole global
+    batch; `syncbn.multi_worker.REPAIRS` and docs/multi-worker.md list what is repaired. On one
+    replica, and where this Keras does not need a repair, nothing changes.
+
+    Call it once, on every worker, before the strategy is made. Calling it again gives the same
+    object. What it returns is a context manager, whose end gives Keras its own code back, as
+    `undo()` does; functions that a model has traced meanwhile stay as they are.
+
+    Args:
+        without: names of repairs to leave out, where Keras's own rule is wanted:
+            `without=["seeds"]` draws the same dropout mask on every replica.
+        timeout: seconds that one worker waits for another, in a collective or a checkpoint, before
+            it raises a WorkerError which names it. `CommunicationOptions(timeout_seconds=…)` of the
+            strategy comes first for collectives.
+
+    Returns:
+        The repairs in effect: `applied`, `not_needed`, `undo()`.
+
+    Raises:
+        InputError: there is no repair of such a name; the timeout is not positive; it is in effect
+            already with other arguments.
+        RepairError: a repair cannot tell whether this Keras needs it. Keras is left as it was.
+
+    Examples:
+        >>> import syncbn
+        >>> syncbn.enable_multi_worker().applied[:2]
+        ('building', 'steps')
+    """
     global _active
     left_out = frozenset(without)
     unknown = left_out - {repair.name for repair in REPAIRS}
@@ -89,7 +120,11 @@ def enable_multi_worker(*, without: Iterable[str] = (), timeout: float = 120.0) 
         raise InputError(f"`timeout` requires seconds, more than 0. Received: {timeout}.")
     if _active is not None:
         if (_active.without, _active.timeout) != (left_out, timeout):
-            raise InputError("already enabled otherwise; call undo() on what it returned first.")
+            raise InputError(
+                "enable_multi_worker() requires the arguments with which it is in effect already, "
+                f"without={sorted(_active.without)} and timeout={_active.timeout}. Received: "
+                f"without={sorted(left_out)}, timeout={timeout}. Call undo() on what it returned."
+            )
         return _active
     enabled = MultiWorker(left_out, timeout)
     enabled._apply()

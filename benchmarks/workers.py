@@ -1,0 +1,149 @@
+"""A step of fit on two worker processes: twenty synchronized layers, ours against Keras's.
+
+Both in Keras's repaired trainer, without which there is nothing to compare: fit fails on several
+workers. The models take turns, step by step, in the same two processes on 127.0.0.1.
+
+    python benchmarks/workers.py --output benchmarks/results/workers.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+WORKERS = 2
+LAYERS = 20
+SHAPE = (7, 7, 256)
+BATCH = 8  # on each worker
+BASELINE = "keras_sync"
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that were free a moment ago."""
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [int(one.getsockname()[1]) for one in sockets]
+    finally:
+        for one in sockets:
+            one.close()
+
+
+def make_step(strategy: Any, make_layer: Callable[[], Any]) -> Callable[[], None]:
+    """A step of fit of a model of nothing but such layers, relu between them."""
+    import keras
+    import numpy as np
+    import tensorflow as tf
+
+    with strategy.scope():
+        layers = [keras.Input(SHAPE)]
+        for _ in range(LAYERS):
+            layers += [make_layer(), keras.layers.ReLU()]
+        layers += [keras.layers.GlobalAveragePooling2D(), keras.layers.Dense(10)]
+        model = keras.Sequential(layers)
+        model.compile(
+            keras.optimizers.SGD(1e-3), keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        )
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2 * BATCH * WORKERS, *SHAPE)).astype(np.float32)
+    y = rng.integers(10, size=len(x))
+    batches = tf.data.Dataset.from_tensor_slices((x, y)).repeat().batch(BATCH * WORKERS)
+    options = tf.data.Options()
+    options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.DATA
+    iterator = iter(strategy.experimental_distribute_dataset(batches.with_options(options)))
+    model.fit(x, y, batch_size=BATCH * WORKERS, verbose=0)
+
+    def step() -> None:
+        float(model.train_function(iterator)["loss"])
+
+    return step
+
+
+def work(rounds: int, output: Path) -> None:
+    """One worker: the same rounds as the other, and the chief keeps the figures."""
+    # Before TensorFlow: it sets the environment.
+    from layer import interleaved
+
+    import keras  # isort: skip
+    import tensorflow as tf
+
+    import syncbn
+
+    strategy = tf.distribute.MultiWorkerMirroredStrategy()
+    syncbn.enable_multi_worker()
+    variants: dict[str, Callable[[], Any]] = {
+        "syncbn": syncbn.SyncBatchNormalization,
+        BASELINE: lambda: keras.layers.BatchNormalization(synchronized=True),
+        "keras_local": keras.layers.BatchNormalization,
+    }
+    steps = {name: make_step(strategy, make) for name, make in variants.items()}
+    figures = interleaved(steps, rounds, BASELINE)
+    if json.loads(os.environ["TF_CONFIG"])["task"]["index"] == 0:
+        output.write_text(json.dumps(figures), encoding="utf-8")
+    # TensorFlow's servers would wait for each other at the end.
+    os._exit(0)
+
+
+def measure(rounds: int, timeout: float) -> dict[str, dict[str, float]]:
+    """Start the workers, wait, and end whatever is left of them."""
+    addresses = [f"127.0.0.1:{port}" for port in free_ports(WORKERS)]
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "figures.json"
+        processes = []
+        for index in range(WORKERS):
+            task = {"type": "worker", "index": index}
+            config = {"cluster": {"worker": addresses}, "task": task}
+            command = [sys.executable, __file__, "--rounds", str(rounds), "--worker", str(output)]
+            environment = {**os.environ, "TF_CONFIG": json.dumps(config)}
+            processes.append(subprocess.Popen(command, env=environment))
+        try:
+            for process in processes:
+                if process.wait(timeout) != 0:
+                    raise RuntimeError(f"a worker ended with {process.returncode}")
+        finally:
+            for process in processes:
+                process.kill()
+        figures: dict[str, dict[str, float]] = json.loads(output.read_text(encoding="utf-8"))
+    return figures
+
+
+def main() -> int:
+    """Measure, print a table, write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--timeout", type=float, default=600, help="seconds")
+    parser.add_argument("--output", type=Path, help="write the figures here as JSON")
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        work(arguments.rounds, arguments.worker)
+    figures = measure(arguments.rounds, arguments.timeout)
+    from layer import show
+    from machine import write
+
+    print(f"{LAYERS} layers of {[BATCH, *SHAPE]} × {WORKERS} workers")
+    show(figures, BASELINE)
+    if arguments.output:
+        write(
+            arguments.output,
+            what="a step of fit, MultiWorkerMirroredStrategy, float32",
+            layers=LAYERS,
+            shape_per_replica=[BATCH, *SHAPE],
+            workers=WORKERS,
+            rounds=arguments.rounds,
+            variants=figures,
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
