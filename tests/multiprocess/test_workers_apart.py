@@ -118,7 +118,9 @@ def test_the_chief_alone_writes_and_every_file_is_whole(folder, workers):
     assert workers[0].found["best"] == workers[1].found["best"]
     shared = folder / "shared"
     assert {path.name for path in shared.iterdir()} == {*names, "log.csv"}
-    assert [row["epoch"] for row in csv.DictReader((shared / "log.csv").open())] == ["0", "1"]
+    assert [
+        row["epoch"] for row in csv.DictReader((shared / "log.csv").read_text().splitlines())
+    ] == ["0", "1"]
     assert keras.models.load_model(shared / "best.keras").count_params() == 21
 
 
