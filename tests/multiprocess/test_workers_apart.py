@@ -29,7 +29,7 @@ def folder(tmp_path_factory):
         script = "tests.multiprocess.workers.apart"
         return run_workers(script, 2, arguments, timeout=100, killed=KILLED[name])
 
-    with ThreadPoolExecutor(3) as pool:
+    with ThreadPoolExecutor(2) as pool:
         list(pool.map(run, KILLED))
     return folder
 
@@ -110,14 +110,17 @@ def test_workers_go_on_after_errors_at_the_same_place(workers):
 
 def test_the_chief_alone_writes_and_every_file_is_whole(folder, workers):
     assert outcomes(workers, "checkpoints") == [8, 8]
+    # Each by a rename, which is one moment.
     names = {"1.weights.h5", "2.weights.h5", "best.keras"}
-    assert set(workers[0].found["written"]) == names
+    assert names <= set(workers[0].found["written"])
     assert workers[1].found["written"] == []
     assert not workers[1].found["opened the log"]
     assert workers[0].found["best"] == workers[1].found["best"]
     shared = folder / "shared"
     assert {path.name for path in shared.iterdir()} == {*names, "log.csv"}
-    assert [row["epoch"] for row in csv.DictReader((shared / "log.csv").open())] == ["0", "1"]
+    assert [
+        row["epoch"] for row in csv.DictReader((shared / "log.csv").read_text().splitlines())
+    ] == ["0", "1"]
     assert keras.models.load_model(shared / "best.keras").count_params() == 21
 
 

@@ -53,10 +53,6 @@ def timeout() -> float:
     return enabled.timeout if enabled is not None else DEFAULT_TIMEOUT
 
 
-class _OtherPlace(WorkerError):
-    """Another worker is at another place of the program, or past this one."""
-
-
 class Board:
     """One a process. Its keys are numbered, and all workers advance the numbers alike."""
 
@@ -66,6 +62,7 @@ class Board:
         self.peers = [worker for worker in workers if worker.index != index]
         self.seen: dict[int, dict[str, Any]] = {}
         self._number = 0
+        self._elsewhere = False
         self._used: list[str] = []
         self._lock = threading.Lock()
         self._published: dict[str, Any] = {}
@@ -77,18 +74,17 @@ class Board:
             WorkerError: a worker is gone, late, has gone past this place or is in another one.
         """
         key = self._post(name, value)
+        number = self._number
         try:
             answers = [
                 value if worker is self.own else self._wait_for(worker, name)
                 for worker in self.workers
             ]
-        except _OtherPlace:
-            raise  # counted: the others have met this worker here, or will, and raise as well
         except BaseException:
-            # Not counted: this worker has met nobody, and nobody shall meet what it wrote.
-            self._number -= 1
-            with contextlib.suppress(WorkerError):
-                self.remove(key)
+            self._uncount()
+            if self._number < number:
+                with contextlib.suppress(WorkerError):
+                    self.remove(key)
             raise
         # Everyone has come here, so that everyone has read what was written before.
         for old in self._used[:-1]:
@@ -108,11 +104,15 @@ class Board:
         self._number += 1
         try:
             return self._wait_for(self.workers[0], name)
-        except _OtherPlace:
-            raise
         except BaseException:
-            self._number -= 1
+            self._uncount()
             raise
+
+    def _uncount(self) -> None:
+        """Take the number back, unless the others meet this worker under it and raise as well."""
+        if not self._elsewhere:
+            self._number -= 1
+        self._elsewhere = False
 
     def _post(self, name: str, value: Any) -> str:
         self._number += 1
@@ -127,7 +127,8 @@ class Board:
         theirs, value = json.loads(text)
         if theirs != name:
             found = f"another is at {theirs}"
-            raise _OtherPlace(self.apart(worker, name, found, seen=False))
+            self._elsewhere = True
+            raise self.apart(worker, name, found, seen=False)
         return value
 
     def wait(self, key: str, worker: Worker, name: str, *, here: bool = True) -> str:
@@ -150,7 +151,8 @@ class Board:
             # Looked at once more: it may have come, written the key and gone on meanwhile.
             text = self.read(key, POLL)
             if here and text is None and theirs and theirs["phase"] > progress.phase:
-                raise _OtherPlace(self.apart(worker, name, "it has gone past this place"))
+                self._elsewhere = True
+                raise self.apart(worker, name, "it has gone past this place")
         return text
 
     def apart(self, worker: Worker, name: str, found: str, seen: bool = True) -> WorkerError:

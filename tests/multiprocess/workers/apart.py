@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -229,13 +230,19 @@ def main(name: str, folder: Path, without: list[str]) -> None:
     job = Job(folder)
     try:
         SCENARIOS[name](job)
-    finally:
-        (folder / f"{name}{WORKER}.json").write_text(json.dumps(job.found))
-    if WORKER == 0:
+    except BaseException:  # noqa: BLE001 - reported, and the process ended
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+    (folder / f"{name}{WORKER}.json").write_text(json.dumps(job.found))
+    if WORKER == 0 and not name.endswith("killed"):
         # The board is the chief's: the others read it until they have ended.
         deadline = time.monotonic() + 10
         while not (folder / f"{name}1.json").exists() and time.monotonic() < deadline:
             time.sleep(0.1)
+    # TensorFlow takes up to half a minute to leave a cluster whose chief has left before.
+    sys.stdout.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -15,12 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from keras.src.callbacks.backup_and_restore import BackupAndRestore
-from keras.src.callbacks.csv_logger import CSVLogger
-from keras.src.callbacks.model_checkpoint import ModelCheckpoint
-from keras.src.callbacks.orbax_checkpoint import OrbaxCheckpoint
-from keras.src.callbacks.remote_monitor import RemoteMonitor
-from keras.src.callbacks.tensorboard import TensorBoard
+from keras import callbacks
 from keras.src.models.model import Model
 from keras.src.utils import file_utils
 
@@ -42,20 +37,24 @@ def is_needed() -> bool:
 def patches() -> list[Patch]:
     """The callbacks that write, and the model's two ways of saving."""
     silent = [
-        *((CSVLogger, hook) for hook in ("on_train_begin", "on_epoch_end", "on_train_end")),
-        (RemoteMonitor, "on_epoch_end"),
-        (OrbaxCheckpoint, "_save_checkpoint"),
+        *(
+            (callbacks.CSVLogger, hook)
+            for hook in ("on_train_begin", "on_epoch_end", "on_train_end")
+        ),
+        (callbacks.RemoteMonitor, "on_epoch_end"),
     ]
+    if hasattr(callbacks, "OrbaxCheckpoint"):  # Keras has not always had it
+        silent.append((callbacks.OrbaxCheckpoint, "_save_checkpoint"))
     return [
         Patch(Model, "save", _whole),
         Patch(Model, "save_weights", _whole),
-        Patch(ModelCheckpoint, "_save_model", _deciding_alike),
+        Patch(callbacks.ModelCheckpoint, "_save_model", _deciding_alike),
         *(Patch(owner, method, _on_the_chief) for owner, method in silent),
-        Patch(TensorBoard, "set_model", _into_scratch),
-        Patch(TensorBoard, "on_train_end", _without_scratch),
-        Patch(BackupAndRestore, "on_train_begin", backup.restoring),
-        Patch(BackupAndRestore, "_save_model", backup.saving),
-        Patch(BackupAndRestore, "on_train_end", _on_the_chief),
+        Patch(callbacks.TensorBoard, "set_model", _into_scratch),
+        Patch(callbacks.TensorBoard, "on_train_end", _without_scratch),
+        Patch(callbacks.BackupAndRestore, "on_train_begin", backup.restoring),
+        Patch(callbacks.BackupAndRestore, "_save_model", backup.saving),
+        Patch(callbacks.BackupAndRestore, "on_train_end", _on_the_chief),
     ]
 
 
