@@ -12,7 +12,7 @@ import numpy as np
 
 import syncbn
 from tests.scenarios.models import dense_model, fit, gather_history, normal, observe_model, targets
-from tests.scenarios.scenario import MULTI_WORKER, scenario
+from tests.scenarios.scenario import EVERY, FEW, MULTI_WORKER, scenario
 from tests.scenarios.world import World
 
 _C = keras.callbacks
@@ -31,7 +31,7 @@ def _fit(world: World, callbacks: list[Any], epochs: int = 4, **options: Any) ->
     )
 
 
-@scenario(covers=["EarlyStopping"], core=True)
+@scenario(covers=["EarlyStopping"], core=FEW)
 def early_stopping(world: World) -> Any:
     stopping = _C.EarlyStopping("loss", min_delta=0.08, patience=1, restore_best_weights=True)
     _, observed = _fit(world, [stopping], epochs=12)
@@ -67,7 +67,7 @@ def _checkpoint(suffix: str, weights_only: bool) -> Any:
     return run
 
 
-scenario(name="checkpoint[.keras]", covers=["ModelCheckpoint, the same path"], core=True)(
+scenario(name="checkpoint[.keras]", covers=["ModelCheckpoint, the same path"], core=EVERY)(
     _checkpoint(".keras", False)
 )
 scenario(name="checkpoint[.weights.h5]", covers=["ModelCheckpoint, the same path"])(
@@ -91,7 +91,7 @@ class Interrupt(_C.Callback):
             raise KeyboardInterrupt
 
 
-@scenario(covers=["BackupAndRestore, interrupted and resumed"], core=True)
+@scenario(covers=["BackupAndRestore, interrupted and resumed"], core=FEW)
 def backup(world: World) -> Any:
     folder = world.folder / "backup"
     x, y, validation = _data()
@@ -139,7 +139,7 @@ if importlib.util.find_spec("tensorboard"):
 
 @scenario(
     covers=["stop_training on one worker only"],
-    core=True,
+    core=FEW,
     repairs=["in-step"],
     witnesses=("workers2x1",),
 )
@@ -254,7 +254,7 @@ for _suffix in (".keras", ".h5"):
     scenario(
         name=f"saved[{_suffix}]",
         covers=[f"{_suffix}: saved, loaded in the scope, trained on"],
-        core=_suffix == ".h5",
+        core=FEW if _suffix == ".h5" else (),
     )(_saved(_suffix))
 
 
