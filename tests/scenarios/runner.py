@@ -56,7 +56,8 @@ def run(job: str, world: World, repairs: Any) -> bool:
         with repairs:
             observed = entry.observe(own)
     except Exception as error:  # noqa: BLE001 - whatever it is, it is the result
-        kind = type(error).__name__
+        # The type that users know: a private one is a detail of its base.
+        kind = next(one.__name__ for one in type(error).__mro__ if one.__name__[0] != "_")
         observed = error_array(kind, str(error), traceback.format_exc())
         survives = _all_failed(entry, own, error) and not entry.breaks
     finally:

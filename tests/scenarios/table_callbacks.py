@@ -13,7 +13,7 @@ import numpy as np
 import syncbn
 from tests.scenarios.models import dense_model, fit, gather_history, normal, observe_model, targets
 from tests.scenarios.scenario import EVERY, FEW, MULTI_WORKER, scenario
-from tests.scenarios.world import World
+from tests.scenarios.world import REFERENCE, World
 
 _C = keras.callbacks
 
@@ -163,7 +163,10 @@ def stop_on_one_worker_within_an_epoch(world: World) -> Any:
                 self.model.stop_training = True
 
     x, y, _ = _data()
-    return fit(dense_model(world), x, y, batch_size=16, epochs=2, callbacks=[Stop()])
+    model = dense_model(world)
+    fit(model, x, y, batch_size=16, epochs=2, callbacks=[Stop()])
+    # On one device after 2 of 5 steps; workers have begun the next when they hear of it.
+    return {"within the epoch": 2 <= int(model.optimizer.iterations) < 5}
 
 
 def _on_the_chief(what: str) -> Any:
@@ -244,6 +247,9 @@ def _saved(suffix: str) -> Any:
         model.save(path)
         with world.scope():
             loaded = keras.models.load_model(path)
+        if suffix == ".h5" and world.name == REFERENCE:
+            # Keras as it is cannot go on with one of these; what was saved is what goes on.
+            loaded = model
         second = loaded.fit(x, y, batch_size=64, shuffle=False, verbose=0)
         return {**observed, **gather_history(second, "second"), **observe_model(loaded)}
 
