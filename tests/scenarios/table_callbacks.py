@@ -67,12 +67,14 @@ def _checkpoint(suffix: str, weights_only: bool) -> Any:
     return run
 
 
-scenario(name="checkpoint[.keras]", covers=["ModelCheckpoint, the same path"], core=EVERY)(
-    _checkpoint(".keras", False)
-)
-scenario(name="checkpoint[.weights.h5]", covers=["ModelCheckpoint, the same path"])(
-    _checkpoint(".weights.h5", True)
-)
+for _suffix, _weights_only in {".keras": False, ".weights.h5": True}.items():
+    scenario(
+        name=f"checkpoint[{_suffix}]",
+        covers=["ModelCheckpoint, the same path"],
+        repairs=["chief-writes"],
+        witnesses=("workers2x1",),
+        core=() if _weights_only else EVERY,
+    )(_checkpoint(_suffix, _weights_only))
 
 
 @scenario(covers=["CSVLogger"])
@@ -91,7 +93,12 @@ class Interrupt(_C.Callback):
             raise KeyboardInterrupt
 
 
-@scenario(covers=["BackupAndRestore, interrupted and resumed"], core=FEW)
+@scenario(
+    covers=["BackupAndRestore, interrupted and resumed"],
+    repairs=["chief-writes"],
+    witnesses=("workers2x1",),
+    core=FEW,
+)
 def backup(world: World) -> Any:
     folder = world.folder / "backup"
     x, y, validation = _data()
@@ -260,6 +267,7 @@ for _suffix in (".keras", ".h5"):
     scenario(
         name=f"saved[{_suffix}]",
         covers=[f"{_suffix}: saved, loaded in the scope, trained on"],
+        repairs=["legacy-files"] if _suffix == ".h5" else [],
         core=FEW if _suffix == ".h5" else (),
     )(_saved(_suffix))
 
