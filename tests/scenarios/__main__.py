@@ -37,12 +37,20 @@ def main(arguments: list[str]) -> int:
     only = [
         name for name in table if not options.only or {name, name.split("[")[0]} & {*options.only}
     ]
-    reference = drive(REFERENCE, select(REFERENCE, core=options.core, only=only))
+    optimized = not options.core
+    jobs = select(REFERENCE, core=options.core, only=only)
+    reference = drive(REFERENCE, jobs, optimized=optimized)
     wrong = total = 0
     for world in options.worlds:
         started = time.monotonic()
         jobs = select(world, core=options.core, only=only)
-        found = drive(world, jobs, without=options.without, repaired=not options.no_repairs)
+        found = drive(
+            world,
+            jobs,
+            without=options.without,
+            repaired=not options.no_repairs,
+            optimized=optimized,
+        )
         for job in jobs:
             verdict = judge(job, world, found[job], reference[job][0])
             total += 1

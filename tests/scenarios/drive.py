@@ -25,6 +25,7 @@ def drive(
     *,
     without: Sequence[str] = (),
     repaired: bool = True,
+    optimized: bool = True,
     folder: Path | None = None,
 ) -> dict[str, list[Observed]]:
     """What each worker of the world observed of each job.
@@ -34,18 +35,27 @@ def drive(
         jobs: names of scenarios, or `SCENARIO@REPAIR`.
         without: repairs that are left out.
         repaired: whether there are any.
+        optimized: whether TensorFlow optimizes its graphs, a fifth of the time.
         folder: for the results; temporary where it is None.
     """
     if folder is None:
         with tempfile.TemporaryDirectory() as made:
-            return drive(world, jobs, without=without, repaired=repaired, folder=Path(made))
+            return drive(
+                world,
+                jobs,
+                without=without,
+                repaired=repaired,
+                optimized=optimized,
+                folder=Path(made),
+            )
     workers = WORLDS[world].workers
     left = list(jobs)
     while left:
         arguments = [world, str(folder), "--only", ",".join(left), "--without", ",".join(without)]
         ended = run_processes(
             [sys.executable, "-m", "tests.scenarios.runner", *arguments]
-            + ([] if repaired else ["--no-repairs"]),
+            + ([] if repaired else ["--no-repairs"])
+            + ([] if optimized else ["--not-optimized"]),
             workers,
             timeout=STARTING + sum(SCENARIOS[job.split("@")[0]].seconds for job in left),
             grace=2.0,

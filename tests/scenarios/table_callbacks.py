@@ -12,8 +12,8 @@ import numpy as np
 
 import syncbn
 from tests.scenarios.models import dense_model, fit, gather_history, normal, observe_model, targets
-from tests.scenarios.scenario import MULTI_WORKER, scenario
-from tests.scenarios.world import World
+from tests.scenarios.scenario import EVERY, FEW, MULTI_WORKER, scenario
+from tests.scenarios.world import REFERENCE, World
 
 _C = keras.callbacks
 
@@ -31,7 +31,7 @@ def _fit(world: World, callbacks: list[Any], epochs: int = 4, **options: Any) ->
     )
 
 
-@scenario(covers=["EarlyStopping"], core=True)
+@scenario(covers=["EarlyStopping"], core=FEW)
 def early_stopping(world: World) -> Any:
     stopping = _C.EarlyStopping("loss", min_delta=0.08, patience=1, restore_best_weights=True)
     _, observed = _fit(world, [stopping], epochs=12)
@@ -67,12 +67,14 @@ def _checkpoint(suffix: str, weights_only: bool) -> Any:
     return run
 
 
-scenario(name="checkpoint[.keras]", covers=["ModelCheckpoint, the same path"], core=True)(
-    _checkpoint(".keras", False)
-)
-scenario(name="checkpoint[.weights.h5]", covers=["ModelCheckpoint, the same path"])(
-    _checkpoint(".weights.h5", True)
-)
+for _suffix, _weights_only in {".keras": False, ".weights.h5": True}.items():
+    scenario(
+        name=f"checkpoint[{_suffix}]",
+        covers=["ModelCheckpoint, the same path"],
+        repairs=["chief-writes"],
+        witnesses=("workers2x1",),
+        core=() if _weights_only else EVERY,
+    )(_checkpoint(_suffix, _weights_only))
 
 
 @scenario(covers=["CSVLogger"])
@@ -91,7 +93,12 @@ class Interrupt(_C.Callback):
             raise KeyboardInterrupt
 
 
-@scenario(covers=["BackupAndRestore, interrupted and resumed"], core=True)
+@scenario(
+    covers=["BackupAndRestore, interrupted and resumed"],
+    repairs=["chief-writes"],
+    witnesses=("workers2x1",),
+    core=FEW,
+)
 def backup(world: World) -> Any:
     folder = world.folder / "backup"
     x, y, validation = _data()
@@ -139,7 +146,7 @@ if importlib.util.find_spec("tensorboard"):
 
 @scenario(
     covers=["stop_training on one worker only"],
-    core=True,
+    core=FEW,
     repairs=["in-step"],
     witnesses=("workers2x1",),
 )
@@ -163,7 +170,10 @@ def stop_on_one_worker_within_an_epoch(world: World) -> Any:
                 self.model.stop_training = True
 
     x, y, _ = _data()
-    return fit(dense_model(world), x, y, batch_size=16, epochs=2, callbacks=[Stop()])
+    model = dense_model(world)
+    fit(model, x, y, batch_size=16, epochs=2, callbacks=[Stop()])
+    # On one device after 2 of 5 steps; workers have begun the next when they hear of it.
+    return {"within the epoch": 2 <= int(model.optimizer.iterations) < 5}
 
 
 def _on_the_chief(what: str) -> Any:
@@ -244,6 +254,9 @@ def _saved(suffix: str) -> Any:
         model.save(path)
         with world.scope():
             loaded = keras.models.load_model(path)
+        if suffix == ".h5" and world.name == REFERENCE:
+            # Keras as it is cannot go on with one of these; what was saved is what goes on.
+            loaded = model
         second = loaded.fit(x, y, batch_size=64, shuffle=False, verbose=0)
         return {**observed, **gather_history(second, "second"), **observe_model(loaded)}
 
@@ -254,7 +267,8 @@ for _suffix in (".keras", ".h5"):
     scenario(
         name=f"saved[{_suffix}]",
         covers=[f"{_suffix}: saved, loaded in the scope, trained on"],
-        core=_suffix == ".h5",
+        repairs=["legacy-files"] if _suffix == ".h5" else [],
+        core=FEW if _suffix == ".h5" else (),
     )(_saved(_suffix))
 
 

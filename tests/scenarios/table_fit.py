@@ -19,11 +19,11 @@ from tests.scenarios.models import (
     set_weights,
     targets,
 )
-from tests.scenarios.scenario import scenario
+from tests.scenarios.scenario import EVERY, FEW, scenario
 from tests.scenarios.world import World
 
 
-@scenario(covers=["fit of arrays", "validation data", "order of predictions"], core=True)
+@scenario(covers=["fit of arrays", "validation data", "order of predictions"])
 def arrays(world: World) -> Any:
     model = dense_model(world, metrics=lambda: ["mae", keras.metrics.RootMeanSquaredError()])
     return fit(
@@ -35,12 +35,12 @@ def arrays(world: World) -> Any:
     )
 
 
-@scenario(covers=["an empty replica", "ragged last batch"], core=True, repairs=["loss"])
+@scenario(covers=["an empty replica", "ragged last batch"], core=EVERY, repairs=["loss"])
 def last_batch_of_one(world: World) -> Any:
     return fit(dense_model(world, metrics=lambda: ["mae"]), normal(65, 6), targets(65))
 
 
-@scenario(covers=["ragged last batch", "building from unequal parts"], core=True)
+@scenario(covers=["ragged last batch", "building from unequal parts"], core=FEW)
 def batches_of_65(world: World) -> Any:
     return fit(dense_model(world), normal(130, 6), targets(130), batch_size=65)
 
@@ -50,7 +50,7 @@ def batches_of_seven(world: World) -> Any:
     return fit(dense_model(world), normal(30, 6), targets(30), batch_size=7)
 
 
-@scenario(covers=["sample weights", "ragged last batch", "weighted metrics"], core=True)
+@scenario(covers=["sample weights", "ragged last batch", "weighted metrics"], core=EVERY)
 def sample_weights(world: World) -> Any:
     model = dense_model(world, metrics=lambda: ["mae"], weighted_metrics=lambda: ["mse"])
     weights = np.abs(normal(65, seed=8))
@@ -71,7 +71,7 @@ def validation_split(world: World) -> Any:
     return fit(dense_model(world), normal(100, 6), targets(100), validation_split=0.35)
 
 
-@scenario(covers=["evaluate of ragged data", "predict of ragged data"], core=True)
+@scenario(covers=["evaluate of ragged data", "predict of ragged data"], core=FEW)
 def evaluate_and_predict(world: World) -> Any:
     model = dense_model(world, metrics=lambda: ["mae", "mse"])
     x, y = normal(65, 6), targets(65)
@@ -85,7 +85,7 @@ def evaluate_and_predict(world: World) -> Any:
     }
 
 
-@scenario(covers=["steps_per_execution"], core=True, repairs=["steps"])
+@scenario(covers=["steps_per_execution"], core=EVERY, repairs=["steps"])
 def steps_per_execution(world: World) -> Any:
     model = dense_model(world, metrics=lambda: ["mae"], steps_per_execution=3)
     x, y = normal(113, 6), targets(113)
@@ -169,7 +169,7 @@ scenario(
 
 @scenario(
     covers=["train_on_batch", "test_on_batch", "predict_on_batch"],
-    core=True,
+    core=EVERY,
     repairs=["predictions", "steps"],
 )
 def on_batch(world: World) -> Any:
@@ -194,7 +194,7 @@ def on_batch_with_weights(world: World) -> Any:
 
 
 @scenario(
-    covers=["shuffling without a seed"], core=True, repairs=["shuffling"], witnesses=("workers2x1",)
+    covers=["shuffling without a seed"], core=FEW, repairs=["shuffling"], witnesses=("workers2x1",)
 )
 def shuffled(world: World) -> Any:
     """Every example once an epoch, whatever worker has it, in another order each epoch."""
@@ -228,7 +228,7 @@ def shuffled(world: World) -> Any:
     }
 
 
-@scenario(covers=["batch logs on a ragged step"], core=True, repairs=["steps"])
+@scenario(covers=["batch logs on a ragged step"], core=FEW, repairs=["steps"])
 def batch_logs(world: World) -> Any:
     model = dense_model(world, metrics=lambda: ["mae"])
     seen: list[list[float]] = []
@@ -263,7 +263,7 @@ def scalar_predictions(world: World) -> Any:
 @scenario(
     covers=["jit_compile"],
     error=("UnsupportedFeatureError", "jit_compile"),
-    core=True,
+    core=FEW,
     repairs=["steps"],
 )
 def jit_compile(world: World) -> Any:
@@ -274,7 +274,7 @@ def jit_compile(world: World) -> Any:
 @scenario(
     covers=["compile outside the scope"],
     error=("InputError", "scope"),
-    core=True,
+    core=FEW,
     repairs=["scopes"],
 )
 def compile_outside_the_scope(world: World) -> Any:

@@ -19,7 +19,7 @@ from tests.scenarios.models import (
     set_weights,
     targets,
 )
-from tests.scenarios.scenario import MULTI_WORKER, scenario
+from tests.scenarios.scenario import FEW, MULTI_WORKER, scenario
 from tests.scenarios.world import World
 
 
@@ -36,7 +36,7 @@ def _shard(dataset: Any, policy: str) -> Any:
     return dataset.with_options(options)
 
 
-@scenario(covers=["tf.data", "order of predictions"], core=True)
+@scenario(covers=["tf.data", "order of predictions"], core=FEW)
 def dataset(world: World) -> Any:
     model = dense_model(world, metrics=lambda: ["mae"])
     observed = dict(fit(model, _dataset(), validation_data=_dataset(33, 16, seed=4)))
@@ -69,7 +69,7 @@ class Batches(keras.utils.PyDataset):
         return normal(65, 6)[part], targets(65)[part]
 
 
-@scenario(covers=["PyDataset"], core=True)
+@scenario(covers=["PyDataset"])
 def py_dataset(world: World) -> Any:
     model = dense_model(world, metrics=lambda: ["mae"])
     observed = dict(fit(model, Batches()))
@@ -84,7 +84,7 @@ def _batches(seen: list[int], size: int) -> Iterator[Any]:
         yield x[32 * step : 32 * (step + 1)], y[32 * step : 32 * (step + 1)]
 
 
-@scenario(covers=["generators lose no batch"], core=True, repairs=["building"])
+@scenario(covers=["generators lose no batch"], core=FEW, repairs=["building"])
 def generator(world: World) -> Any:
     """One epoch that the generator's end bounds; every batch is trained on."""
     seen: list[int] = []
@@ -125,7 +125,7 @@ def _two_inputs(world: World) -> Any:
     return model
 
 
-@scenario(covers=["dict inputs", "several inputs and outputs"], core=True)
+@scenario(covers=["dict inputs", "several inputs and outputs"], core=FEW)
 def dict_inputs(world: World) -> Any:
     x = {"a": normal(65, 6), "b": normal(65, 3, seed=2)}
     y = {"first": targets(65), "second": targets(65, 1, seed=3)}
@@ -150,7 +150,7 @@ def list_inputs(world: World) -> Any:
     return observed | {f"predicted {index}": value for index, value in enumerate(predicted)}
 
 
-@scenario(covers=["strings", "a lookup in the model"], core=True, repairs=["building"])
+@scenario(covers=["strings", "a lookup in the model"], core=FEW, repairs=["building"])
 def strings(world: World) -> Any:
     words = np.array(["a", "b", "c", "d", "e"])[np.random.default_rng(0).integers(5, size=(65, 3))]
     with world.scope():
@@ -176,7 +176,7 @@ def sharded_by_data(world: World) -> Any:
 @scenario(
     covers=["AutoShardPolicy.OFF"],
     worlds=("one", *MULTI_WORKER),
-    core=True,
+    core=FEW,
     repairs=["inputs"],
     witnesses=("workers2x1",),
 )
@@ -228,7 +228,7 @@ def fewer_files_than_workers(world: World) -> Any:
     return fit(dense_model(world), _shard(_files(world, 1).batch(32), "FILE"))
 
 
-@scenario(covers=["unequal numbers of batches"], worlds=("one", *MULTI_WORKER), core=True)
+@scenario(covers=["unequal numbers of batches"], worlds=("one", *MULTI_WORKER), core=FEW)
 def unequal_numbers_of_batches(world: World) -> Any:
     """Worker 0 has 3 batches, worker 1 has 2: it takes part in the third with none."""
     x, y = normal(80, 6), targets(80)

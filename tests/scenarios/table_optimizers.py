@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from tests.scenarios.models import compile_model, dense_model, fit, normal, set_weights, targets
-from tests.scenarios.scenario import scenario
+from tests.scenarios.scenario import EVERY, FEW, scenario
 from tests.scenarios.world import World
 
 _O = keras.optimizers
@@ -52,6 +52,7 @@ OPTIMIZERS: dict[str, tuple[Callable[[], Any], float]] = {
         2e-5,
     ),
 }
+CORE = {"global_clipnorm": FEW, "ema_overwrite": FEW, "accumulation_adam": EVERY}
 REPAIRS = {
     "clipnorm": ["gradients"],
     "global_clipnorm": ["gradients"],
@@ -81,7 +82,7 @@ for _name, (_make, _tolerance) in OPTIMIZERS.items():
         covers=[f"optimizer {_name}"],
         repairs=REPAIRS.get(_name, ()),
         tolerance=_tolerance,
-        core=_name in ("adam", "global_clipnorm", "accumulation_adam", "ema_overwrite"),
+        core=CORE.get(_name, ()),
     )(_trains_with(_make))
 
 
@@ -91,7 +92,7 @@ def clipped_with_normalization(world: World) -> Any:
     return fit(model, normal(65, 6), targets(65))
 
 
-@scenario(covers=["loss scaling, overflow on one replica"], repairs=["overflow"], core=True)
+@scenario(covers=["loss scaling, overflow on one replica"], repairs=["overflow"], core=FEW)
 def overflow_on_one_replica(world: World) -> Any:
     """One example's gradient overflows: the step is skipped everywhere, the scale halved."""
     x = normal(96, 6)
