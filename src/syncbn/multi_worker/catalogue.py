@@ -26,19 +26,19 @@ REPAIRS: tuple[Repair, ...] = (
     Repair(
         "loss",
         "the loss of parts that are unequal, masked or weighted is a mean of means",
-        _NONE_KNOWN,
+        "https://github.com/keras-team/keras/issues/19891",
         f"{_HERE}.loss",
     ),
     Repair(
         "gradients",
         "clipnorm, global_clipnorm and clipvalue clip each replica's gradients, not their sum",
-        _NONE_KNOWN,
+        "https://github.com/tensorflow/tensorflow/issues/33929",
         f"{_HERE}.gradients",
     ),
     Repair(
         "conditions",
         "gradient_accumulation_steps and ema_overwrite_frequency crash",
-        _NONE_KNOWN,
+        "https://github.com/keras-team/tf-keras/issues/301",
         f"{_HERE}.conditions",
     ),
     Repair(
@@ -62,19 +62,19 @@ REPAIRS: tuple[Repair, ...] = (
     Repair(
         "named-timeouts",
         "collectives wait for ever for a worker that is gone, and do not say for which",
-        "https://github.com/keras-team/keras/issues/20585",
+        _NONE_KNOWN,
         f"{_HERE}.named_timeouts",
     ),
     Repair(
         "in-step",
         "what one worker does alone, or stops alone, leaves the others waiting",
-        "https://github.com/keras-team/keras/issues/20585",
+        _NONE_KNOWN,
         f"{_HERE}.in_step",
     ),
     Repair(
         "predictions",
         "predict_on_batch predicts each example on every replica; one number a batch comes often",
-        _NONE_KNOWN,
+        "https://github.com/tensorflow/tensorflow/issues/41773",
         f"{_HERE}.predictions",
     ),
     Repair(
@@ -104,7 +104,7 @@ REPAIRS: tuple[Repair, ...] = (
     Repair(
         "chief-writes",
         "callbacks write the same files on every worker, and half of them when killed",
-        _NONE_KNOWN,
+        "https://github.com/tensorflow/tensorflow/issues/31070",
         f"{_HERE}.chief_writes",
     ),
     Repair(
