@@ -1,0 +1,44 @@
+"""docs/multi-worker.md is true: its programs run, one on workers; it lists the repairs."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from tests.meta.test_readme import run
+from tests.multiprocess.cluster import run_processes
+
+from syncbn.multi_worker import REPAIRS
+
+PAGE = (Path(__file__).parents[2] / "docs" / "multi-worker.md").read_text()
+BLOCKS = re.findall(r"^```([\w ]+)\n(.*?)^```$", PAGE, flags=re.MULTILINE | re.DOTALL)
+ALONE = [number for number, (language, _) in enumerate(BLOCKS) if language == "python"]
+
+
+@pytest.mark.parametrize("number", ALONE)
+def test_every_block_runs(number):
+    printed = run(BLOCKS[number][1])
+    for language, text in BLOCKS[number + 1 : number + 2]:
+        assert language != "text" or printed == text
+
+
+@pytest.mark.multiprocess
+def test_the_program_for_workers_runs_on_two_workers(tmp_path):
+    (code,) = [code for language, code in BLOCKS if language == "python workers"]
+    program = tmp_path / "train.py"
+    program.write_text(code)
+    for status, output in run_processes([sys.executable, str(program)], workers=2, timeout=100):
+        assert status == 0, output
+        assert "(200, 3) 3" in output
+
+
+def test_the_table_is_the_catalogue():
+    def issue(address):
+        if not address.startswith("https://"):
+            return address
+        _, _, _, _, repository, _, number = address.split("/")
+        return f"[{repository}#{number}]({address})"
+
+    rows = [f"| `{r.name}` | {r.mends} | {issue(r.issue)} |" for r in REPAIRS]
+    table = PAGE.split("<!-- repairs -->\n")[1].split("\n<!-- /repairs -->")[0]
+    assert table.splitlines()[2:] == rows
