@@ -8,14 +8,15 @@ BIN := .venv/bin
 READY := .venv/ready
 OUTPUT ?= demo-output
 
-.PHONY: help demo test lint types format bench lock test-models test-versions clean
+.PHONY: help demo test lint types format bench lock test-models test-scenarios test-versions clean
 
 help:
 	@echo "make demo           train on two replicas and compare with one device (2 minutes)"
 	@echo "make test           lint, types and the whole suite"
 	@echo "make format         rewrite the code in the house's format"
-	@echo "make bench          measure the layer against Keras's"
+	@echo "make bench          measure the layer and training against Keras's"
 	@echo "make test-models    branched models of keras.applications on two workers (4 minutes)"
+	@echo "make test-scenarios Keras's training on replicas and workers, the whole table (20 minutes)"
 	@echo "make test-versions  the contract on older TensorFlow and Keras (30 minutes)"
 	@echo "make lock           resolve requirements.in into requirements.lock"
 	@echo "make clean          remove .venv and every cache"
@@ -55,9 +56,14 @@ format: $(READY)
 bench: $(READY)
 	$(BIN)/python benchmarks/layer.py --output benchmarks/results/layer.json
 	$(BIN)/python benchmarks/features.py --output benchmarks/results/features.json
+	$(BIN)/python benchmarks/training.py --output benchmarks/results/training.json
+	$(BIN)/python benchmarks/workers.py --output benchmarks/results/workers.json
 
 test-models: $(READY)
 	$(BIN)/python -m pytest -m models
+
+test-scenarios: $(READY)
+	$(BIN)/python -m tests.scenarios
 
 test-versions: $(READY)
 	$(BIN)/python tests/versions.py
