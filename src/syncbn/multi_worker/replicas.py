@@ -6,6 +6,8 @@ from typing import Any
 
 import tensorflow as tf
 
+from syncbn.errors import NotSynchronizableError
+
 __all__ = [
     "in_replica",
     "is_multi_worker",
@@ -54,6 +56,9 @@ def sum_over_replicas(value: Any) -> Any:
 
     For numbers, of which no gradient is asked. Within one process they are added up on the first
     device: a collective, which is made for gradients, takes several times as long.
+
+    Raises:
+        NotSynchronizableError: the replicas cannot meet inside this graph.
     """
     context = tf.distribute.get_replica_context()
     # What is read from a variable may not say on which device it is, which the collective asks.
@@ -64,5 +69,15 @@ def sum_over_replicas(value: Any) -> Any:
     def add(strategy: Any, *values: Any) -> Any:
         return [tf.add_n(strategy.experimental_local_results(value)) for value in values]
 
-    flat = context.merge_call(add, args=tuple(tf.nest.flatten(placed)))
+    try:
+        flat = context.merge_call(add, args=tuple(tf.nest.flatten(placed)))
+    except RuntimeError as error:
+        if "merge_call" not in str(error):
+            raise
+        raise NotSynchronizableError(
+            "Sharing a batch out over the replicas requires that they meet where its loss is "
+            "taken. Received: a loss or metric inside tf.cond, tf.while_loop or a tf.function of "
+            "its own within the step. Take it outside of them, or leave the repair 'loss' out: "
+            "enable_multi_worker(without=['loss'])."
+        ) from error
     return tf.nest.pack_sequence_as(value, list(flat))
