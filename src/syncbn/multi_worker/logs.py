@@ -62,7 +62,7 @@ class ReportingStep:
             for index, value in enumerate(leaves):
                 if index in self._metric_names:
                     continue
-                if id(value) in share.losses:
+                if share.is_loss(value):
                     report.summed[index] = tf.convert_to_tensor(value)
                 elif _is_number(value):
                     number = tf.cast(value, tf.float32)

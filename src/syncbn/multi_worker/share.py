@@ -22,20 +22,26 @@ _shares = threading.local()
 class Share:
     """How many examples this replica has of the batch, and all of them together.
 
-    `examples`: a float32 scalar. `losses` and `results`: the tensors that `compute_loss` and
-    `get_metrics_result` have returned in this step, by identity.
+    `examples`: a float32 scalar. `losses`, `terms` and `results`: the tensors that
+    `compute_loss`, losses and `get_metrics_result` have returned in this step, by identity.
     """
 
     def __init__(self, examples: Any) -> None:
         self.examples = examples
         # By identity, which is one only as long as the object lives: the tensors are kept, too.
         self.losses: dict[int, Any] = {}
+        self.terms: dict[int, Any] = {}
         self.results: dict[int, Any] = {}
         self._all: Any = None
 
     def note(self, name: str, tensors: list[Any]) -> None:
-        """Add to `losses` or `results`."""
+        """Add to `losses`, `terms` or `results`."""
         getattr(self, name).update({id(tensor): tensor for tensor in tensors})
+
+    def is_loss(self, value: Any) -> bool:
+        """Whether it is this replica's share of a loss: one number, as it was returned."""
+        known = id(value) in self.losses or id(value) in self.terms
+        return known and value.shape.rank == 0
 
     def all_examples(self) -> Any:
         """Of every replica. The first call is a collective, if `learn` has not come before."""

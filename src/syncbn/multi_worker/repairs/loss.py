@@ -15,6 +15,7 @@ import tensorflow as tf
 from keras.src import ops, tree
 from keras.src.backend.tensorflow.trainer import TensorFlowTrainer
 from keras.src.losses import loss as keras_loss
+from keras.src.metrics.reduction_metrics import Mean
 from keras.src.trainers.trainer import Trainer
 
 from syncbn.multi_worker.repair import Patch, source_probe
@@ -39,6 +40,8 @@ def patches() -> list[Patch]:
         Patch(keras_loss, "reduce_weighted_values", _reducer),
         Patch(keras_loss, "unscale_loss_for_distribution", _reporter),
         Patch(TensorFlowTrainer, "_aggregate_additional_loss", _adder),
+        Patch(keras_loss.Loss, "__call__", _noting("terms")),
+        Patch(Mean, "update_state", _tracker),
         Patch(Trainer, "compute_loss", _noting("losses")),
         Patch(Trainer, "get_metrics_result", _noting("results")),
     ]
@@ -142,6 +145,18 @@ def _reporter(original: Callable[[Any], Any]) -> Callable[[Any], Any]:
         return tf.math.divide_no_nan(*tf.unstack(sum_over_replicas(terms)))
 
     return unscale_loss_for_distribution
+
+
+def _tracker(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def update_state(metric: Any, values: Any, sample_weight: Any = None) -> None:
+        """The whole loss, where a `train_step` of the user tracks the share that it has taken."""
+        share = current_share() if in_replica() else None
+        if share is not None and share.is_loss(values):
+            values = sum_over_replicas(tf.stop_gradient(values))
+        original(metric, values, sample_weight)
+
+    return update_state
 
 
 def _adder(original: Callable[..., Any]) -> Callable[..., Any]:
