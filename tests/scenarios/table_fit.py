@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import random
 import warnings
 from typing import Any
 
 import keras
 import numpy as np
+import tensorflow as tf
 
 import syncbn
 from tests.scenarios.models import (
@@ -210,7 +212,9 @@ def shuffled(world: World) -> Any:
         steps.append(float(np.array(model.layers[0].kernel).item()))
 
     x = (2.0 ** np.arange(16)).astype("float32")[:, None]
-    keras.utils.set_random_seed(17 + world.worker)
+    # With a seed Keras draws the same order for every epoch, on one device at least.
+    tf.random.set_seed(None)
+    random.seed()
     model.fit(
         x,
         np.full((16, 1), 1e30, "float32"),
@@ -224,7 +228,7 @@ def shuffled(world: World) -> Any:
     return {
         "sum of each epoch": [first.sum(), second.sum()],
         "examples of a step": [bin(int(size)).count("1") for size in sizes],
-        "differ": sorted(first) != sorted(second),
+        "epochs differ": sorted(first) != sorted(second),
     }
 
 

@@ -70,7 +70,8 @@ def _trains_with(make: Callable[[], Any]) -> Callable[[World], Any]:
         model = dense_model(world, normalized=False, optimizer=make)
         if isinstance(model.optimizer, _O.ScheduleFreeAdamW):
             # Keras 3.15.1 on one device: built within fit it starts from weights of 0.
-            model.optimizer.build(model.trainable_variables)
+            with world.scope():
+                model.optimizer.build(model.trainable_variables)
         return fit(model, normal(97, 6), targets(97), batch_size=32)
 
     return run
@@ -95,12 +96,13 @@ def clipped_with_normalization(world: World) -> Any:
 @scenario(covers=["loss scaling, overflow on one replica"], repairs=["overflow"], core=FEW)
 def overflow_on_one_replica(world: World) -> Any:
     """One example's gradient overflows: the step is skipped everywhere, the scale halved."""
-    x = normal(96, 6)
-    x[33, 2] = 1e30
-    y = targets(96)
+    x, y = normal(96, 6), targets(96)
+    # A gradient of 1e12 times the scale of 1e30 is more than float32 holds; others are far less.
+    # In the second half of its batch: what the first replica finds is not enough.
+    y[32 + 20, 0] = 1e12
 
     def optimizer() -> Any:
-        return _O.LossScaleOptimizer(_O.SGD(0.05), initial_scale=2.0**15)
+        return _O.LossScaleOptimizer(_O.SGD(0.05), initial_scale=2.0**100)
 
     model = dense_model(world, normalized=False, optimizer=optimizer)
     return fit(model, x, y, batch_size=32, epochs=1)
@@ -142,7 +144,8 @@ def embedding(world: World) -> Any:
 def frozen(world: World) -> Any:
     model = dense_model(world)
     model.layers[0].trainable = False
-    compile_model(model)
+    with world.scope():
+        compile_model(model)
     first = fit(model, normal(65, 6), targets(65), observe=False)
     model.layers[0].trainable = True
     with world.scope():
