@@ -7,6 +7,8 @@ all replicas by one collective, and their results are taken from the sums.
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -49,18 +51,18 @@ class ReportingStep:
         self.model = model
         self.step = step
         self._structure: Any = None
-        self._metric_names: dict[int, str] = {}
+        self._metrics: dict[int, tuple[str, ...]] = {}
 
     def __call__(self, data: Any) -> Report:
         """Run the step on this replica's part of the data."""
         with sharing(data) as share:
             outputs = self.step(data)
-            self._metric_names = self._names(outputs, share)
+            self._metrics = self._paths(outputs, share)
             leaves = tree.flatten(outputs)
             self._structure = tree.pack_sequence_as(outputs, list(range(len(leaves))))
             report = Report(_packed(self._additive()), {}, {}, {}, share.examples)
             for index, value in enumerate(leaves):
-                if index in self._metric_names:
+                if index in self._metrics:
                     continue
                 if share.is_loss(value):
                     report.summed[index] = tf.convert_to_tensor(value)
@@ -86,36 +88,52 @@ class ReportingStep:
                 values[index] = tf.math.divide_no_nan(total(value), examples)
         for index, value in report.other.items():
             values[index] = strategy.experimental_local_results(value)[0]
-        if self._metric_names:
+        if self._metrics:
             state = {dtype: total(vector) for dtype, vector in report.state.items()}
             with keras.StatelessScope(state_mapping=_unpacked(state, self._additive())):
-                results = self.model.get_metrics_result()
-            values.update({index: results[name] for index, name in self._metric_names.items()})
+                results = self._results()
+            for index, path in self._metrics.items():
+                values[index] = functools.reduce(operator.getitem, path, results)
         return tree.map_structure(lambda index: values[index], self._structure)
 
     def _additive(self) -> list[Any]:
         """The metrics' variables whose sum over the replicas is their value."""
         return [v for v in self.model.metrics_variables if v.aggregation == "sum"]
 
-    def _names(self, outputs: Any, share: Share) -> dict[int, str]:
-        """Which leaves of the outputs are results of metrics.
+    def _results(self) -> dict[str, Any]:
+        """By name: of every metric, and of those that one metric contains."""
+        nested = {metric.name: metric.result() for metric in self.model.metrics}
+        return {**nested, **self.model.get_metrics_result()}
+
+    def _paths(self, outputs: Any, share: Share) -> dict[int, tuple[str, ...]]:
+        """Which leaves of the outputs are results of metrics, and where they are in `_results`.
 
         Those of `get_metrics_result`; in a `train_step` of the user's also what bears the name of
         a metric. Not "loss", unless he has such a metric: he returns a loss then, and Keras's own
         tracker of it, which goes by the same name, has not been told.
         """
-        if not isinstance(outputs, dict) or len(tree.flatten(outputs)) != len(outputs):
+        if not isinstance(outputs, dict):
             return {}
-        known = set(self.model.get_metrics_result())
+        results = self._results()
         tracker = getattr(self.model, "_loss_tracker", None)
-        if tracker is not None and getattr(self.step, "__func__", None) not in _STEPS:
-            known -= {tracker.name} - {metric.name for metric in self.model._metrics}
-        keys = [key for key, _ in sorted(outputs.items())]
-        return {
-            index: key
-            for index, key in enumerate(keys)
-            if key in known or id(outputs[key]) in share.results
-        }
+        own = getattr(self.step, "__func__", None) not in _STEPS
+        untold = {tracker.name} if own and tracker is not None else set()
+        untold -= {metric.name for metric in self.model._metrics}
+        paths = {}
+        for index, (path, value) in enumerate(tree.flatten_with_path(outputs)):
+            found = _at(results, path)
+            if found and (path[0] not in untold or id(value) in share.results):
+                paths[index] = tuple(path)
+        return paths
+
+
+def _at(results: Any, path: tuple[Any, ...]) -> bool:
+    """Whether there is one result, not a dict of them, at that place."""
+    for key in path:
+        if not isinstance(results, dict) or key not in results:
+            return False
+        results = results[key]
+    return not isinstance(results, dict)
 
 
 def _is_number(value: Any) -> bool:

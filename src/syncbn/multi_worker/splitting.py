@@ -8,7 +8,12 @@ import numpy as np
 import tensorflow as tf
 from keras.src import tree
 
-from syncbn.multi_worker.replicas import replica_count
+from syncbn.multi_worker.replicas import (
+    local_replica_count,
+    replica_count,
+    worker_count,
+    worker_index,
+)
 
 __all__ = ["split"]
 
@@ -29,7 +34,10 @@ def split(strategy: Any, batch: Any) -> Any:
         ends = np.cumsum([0] + [size + (index < rest) for index in range(replicas)])
 
         def part(context: Any) -> Any:
-            index = context.replica_id_in_sync_group
+            # As datasets are dealt out, one part to each worker in turn, and as Keras puts
+            # predictions together again.
+            local = context.replica_id_in_sync_group % local_replica_count(strategy)
+            index = local * worker_count(strategy) + worker_index(strategy)
             return tf.convert_to_tensor(array[ends[index] : ends[index + 1]])
 
         return strategy.experimental_distribute_values_from_function(part)

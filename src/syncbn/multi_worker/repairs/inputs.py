@@ -84,24 +84,35 @@ def distributed(strategy: Any, dataset: Any) -> Any:
     """This worker's part of the dataset, on its replicas.
 
     Raises:
-        InputError: FILE was asked for, and there are fewer files than workers.
+        InputError: FILE was asked for, and a worker is left without a file.
     """
     policy = policy_of(dataset)
     if policy is None:
         return dataset
     options = tf.data.Options()
     options.experimental_distribute.auto_shard_policy = policy
+    part = strategy.experimental_distribute_dataset(dataset.with_options(options))
+    if policy == Policy.FILE:
+        _check_files(strategy, part)
+    return part
+
+
+def _check_files(strategy: Any, part: Any) -> None:
+    """Read one batch: TensorFlow says only then that there are too few files."""
+    found = None
     try:
-        return strategy.experimental_distribute_dataset(dataset.with_options(options))
+        if next(iter(part._cloned_datasets[0]), None) is None:
+            found = "it has files without data"
     except (tf.errors.InvalidArgumentError, tf.errors.NotFoundError) as error:
-        if policy != Policy.FILE:
-            raise
+        found = str(error).splitlines()[0][:200]
+    every = exchange(strategy, "reading files", found)
+    if any(every):
+        words = "; ".join(f"worker {i}: {said}" for i, said in enumerate(every) if said)
         raise InputError(
             f"AutoShardPolicy.FILE requires a dataset that reads at least {worker_count(strategy)} "
             "files, one for each worker, from from_tensor_slices of their names or "
-            f"Dataset.list_files. Received: {str(error)[:200]} Use more files or "
-            "AutoShardPolicy.DATA."
-        ) from error
+            f"Dataset.list_files. Received: {words}. Use more files or AutoShardPolicy.DATA."
+        )
 
 
 def _agreed_batches(iterator: Any, strategy: Any) -> int | None:
