@@ -166,6 +166,8 @@ scenario(name="convolution[empty replica]", covers=["an empty replica"])(_convol
 scenario(
     name="convolution[empty replica with bias]",
     covers=["an empty replica: oneDNN's gradient of a filter with a bias"],
+    worlds=("one", "one_repaired", "mirrored2", "mirrored4"),
+    error=("UnsupportedFeatureError", "oneDNN.*TF_ENABLE_ONEDNN_OPTS=0"),
 )(_convolutional(65, True))
 
 

@@ -96,6 +96,13 @@ def _function_on_replicas(model: Any, step_function: Callable[[Any], Any]) -> Ca
     run_on_data, run_on_iterator = compiled(on_data), compiled(on_iterator)
 
     def function(iterator: Any) -> Any:
+        try:
+            return run(iterator)
+        except tf.errors.InternalError as error:
+            explain(error)
+            raise
+
+    def run(iterator: Any) -> Any:
         if isinstance(iterator, tf.data.Iterator | tf.distribute.DistributedIterator):
             outputs = run_on_iterator(iterator)
             if not outputs.has_value():
@@ -106,6 +113,22 @@ def _function_on_replicas(model: Any, step_function: Callable[[Any], Any]) -> Ca
         return outputs
 
     return function
+
+
+def explain(error: tf.errors.InternalError) -> None:
+    """Say what TensorFlow's error means where a replica had no examples.
+
+    Raises:
+        UnsupportedFeatureError: a kernel of oneDNN failed at an empty part of a batch.
+    """
+    if "Missing 1-th output" in str(error) and "BackpropFilter" in str(error):
+        raise UnsupportedFeatureError(
+            "A convolution with a bias requires that every replica has an example of each batch: "
+            "TensorFlow's oneDNN kernel of its gradient fails without. Received: an empty part, of "
+            "a last batch smaller than the number of replicas. Drop the bias, which a following "
+            "normalization cancels anyway, drop the remainder, or set TF_ENABLE_ONEDNN_OPTS=0 in "
+            "the environment."
+        ) from error
 
 
 def _loop(on_data: Callable[[Any], Any], iterator: Any, steps: int) -> Any:
