@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import keras
 import pytest
@@ -64,6 +65,40 @@ def test_a_context_undoes_also_after_an_error():
     assert switch.active() is None
 
 
+def test_a_context_within_another_leaves_it_in_effect():
+    before = snapshot()
+    with syncbn.enable_multi_worker() as outer:
+        with syncbn.enable_multi_worker() as inner:
+            assert inner is outer
+        assert outer.applied
+        assert switch.active() is outer
+    assert snapshot() == before
+    syncbn.enable_multi_worker()
+    with syncbn.enable_multi_worker():
+        pass
+    assert switch.active() is not None
+
+
+def test_undoing_below_somebody_else_s_patch_undoes_nothing():
+    enabled = syncbn.enable_multi_worker()
+    names, first = enabled.applied, REPAIRS[0].patches()[0]
+    ours = vars(first.owner)[first.attribute]
+    setattr(first.owner, first.attribute, "theirs")
+    with pytest.raises(syncbn.RepairError, match="another patch on top"):
+        enabled.undo()
+    assert enabled.applied == names
+    assert switch.active() is enabled
+    setattr(first.owner, first.attribute, ours)
+    enabled.undo()
+    assert switch.active() is None
+
+
+def test_threads_that_enable_at_once_get_the_same():
+    with ThreadPoolExecutor(4) as pool:
+        found = {id(one) for one in pool.map(lambda _: syncbn.enable_multi_worker(), range(8))}
+    assert len(found) == 1
+
+
 def test_repairs_can_be_left_out_by_name():
     before = snapshot()
     enabled = syncbn.enable_multi_worker(without=["seeds"])
@@ -112,13 +147,13 @@ def test_a_probe_of_what_is_not_there_cannot_tell():
 
 
 def test_what_somebody_else_has_patched_since_is_not_taken_away(monkeypatch):
-    undo = Patch(keras.Model, "some_attribute", lambda _: "ours").apply()
+    applied = Patch(keras.Model, "some_attribute", lambda _: "ours").apply()
     monkeypatch.setattr(keras.Model, "some_attribute", "theirs")
     with pytest.raises(syncbn.RepairError, match=r"Model.some_attribute.*another patch on top"):
-        undo()
+        applied.undo()
     assert keras.Model.some_attribute == "theirs"
     keras.Model.some_attribute = "ours"
-    undo()
+    applied.undo()
     assert not hasattr(keras.Model, "some_attribute")
 
 

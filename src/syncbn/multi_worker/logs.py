@@ -7,33 +7,30 @@ all replicas by one collective, and their results are taken from the sums.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
 from keras.src import tree
-from keras.src.backend.tensorflow.trainer import TensorFlowTrainer
 
-from syncbn.multi_worker.share import Share, sharing
+from syncbn.multi_worker.share import Path, current_share, sharing
 
 __all__ = ["ReportingStep"]
-
-_STEPS = (TensorFlowTrainer.train_step, TensorFlowTrainer.test_step)
 
 
 class Report(NamedTuple):
     """What one replica hands over after a step.
 
-    `state`: the additive variables of the metrics, one flat vector a dtype. `summed`: numbers whose
-    sum over the replicas is the result. `averaged`: numbers times `examples`, of which the mean
-    over all examples is the result. `other`: what cannot be added.
+    `state`: the additive variables of the metrics, one flat vector a dtype. `averaged`: numbers
+    times `examples`, of which the mean over all examples is the result; a loss is such a number.
+    `other`: what cannot be added.
     """
 
     state: dict[str, Any]
-    summed: dict[int, Any]
     averaged: dict[int, Any]
     other: dict[int, Any]
     examples: Any
@@ -44,29 +41,28 @@ class ReportingStep:
 
     Called on a replica, it runs the step; `logs` takes what `strategy.run` of it has returned. In
     between it keeps what is known while it is traced: how the step's outputs are nested, and which
-    of them are results of metrics.
+    of them are results of metrics, whatever they are called there.
     """
 
     def __init__(self, model: Any, step: Callable[[Any], Any]) -> None:
         self.model = model
         self.step = step
         self._structure: Any = None
-        self._metrics: dict[int, tuple[str, ...]] = {}
+        self._results: dict[int, tuple[Any, Path]] = {}
 
     def __call__(self, data: Any) -> Report:
         """Run the step on this replica's part of the data."""
         with sharing(data) as share:
             outputs = self.step(data)
-            self._metrics = self._paths(outputs, share)
             leaves = tree.flatten(outputs)
+            found = {index: share.result_of(value) for index, value in enumerate(leaves)}
+            self._results = {index: result for index, result in found.items() if result}
             self._structure = tree.pack_sequence_as(outputs, list(range(len(leaves))))
-            report = Report(_packed(self._additive()), {}, {}, {}, share.examples)
+            report = Report(_packed(self._additive()), {}, {}, share.examples)
             for index, value in enumerate(leaves):
-                if index in self._metrics:
+                if index in self._results:
                     continue
-                if share.is_loss(value):
-                    report.summed[index] = tf.convert_to_tensor(value)
-                elif _is_number(value):
+                if _is_number(value):
                     number = tf.cast(value, tf.float32)
                     # 0 / 0 where this replica is empty.
                     number = tf.where(share.examples > 0, number, tf.zeros_like(number))
@@ -81,59 +77,51 @@ class ReportingStep:
         def total(value: Any) -> Any:
             return strategy.reduce(tf.distribute.ReduceOp.SUM, value, axis=None)
 
-        values = {index: total(value) for index, value in report.summed.items()}
+        values = {}
         if report.averaged:
             examples = total(report.examples)
             for index, value in report.averaged.items():
                 values[index] = tf.math.divide_no_nan(total(value), examples)
         for index, value in report.other.items():
             values[index] = strategy.experimental_local_results(value)[0]
-        if self._metrics:
+        if self._results:
             state = {dtype: total(vector) for dtype, vector in report.state.items()}
             with keras.StatelessScope(state_mapping=_unpacked(state, self._additive())):
-                results = self._results()
-            for index, path in self._metrics.items():
-                values[index] = functools.reduce(operator.getitem, path, results)
+                whole = {metric: metric.result() for metric, _ in self._results.values()}
+            for index, (metric, path) in self._results.items():
+                values[index] = functools.reduce(operator.getitem, path, whole[metric])
         return tree.map_structure(lambda index: values[index], self._structure)
+
+    @contextlib.contextmanager
+    def noting_results(self) -> Iterator[None]:
+        """While the step runs on the replicas, remember which tensors are results of metrics."""
+        metrics = list(self.model.metrics)
+        for metric in metrics:
+            # Past Keras's own __setattr__, which tracks what it is given.
+            vars(metric)["result"] = _noting(metric)
+        try:
+            yield
+        finally:
+            for metric in metrics:
+                vars(metric).pop("result", None)
 
     def _additive(self) -> list[Any]:
         """The metrics' variables whose sum over the replicas is their value."""
         return [v for v in self.model.metrics_variables if v.aggregation == "sum"]
 
-    def _results(self) -> dict[str, Any]:
-        """By name: of every metric, and of those that one metric contains."""
-        nested = {metric.name: metric.result() for metric in self.model.metrics}
-        return {**nested, **self.model.get_metrics_result()}
 
-    def _paths(self, outputs: Any, share: Share) -> dict[int, tuple[str, ...]]:
-        """Which leaves of the outputs are results of metrics, and where they are in `_results`.
+def _noting(metric: Any) -> Callable[[], Any]:
+    original = metric.result
 
-        Those of `get_metrics_result`; in a `train_step` of the user's also what bears the name of
-        a metric. Not "loss", unless he has such a metric: he returns a loss then, and Keras's own
-        tracker of it, which goes by the same name, has not been told.
-        """
-        if not isinstance(outputs, dict):
-            return {}
-        results = self._results()
-        tracker = getattr(self.model, "_loss_tracker", None)
-        own = getattr(self.step, "__func__", None) not in _STEPS
-        untold = {tracker.name} if own and tracker is not None else set()
-        untold -= {metric.name for metric in self.model._metrics}
-        paths = {}
-        for index, (path, value) in enumerate(tree.flatten_with_path(outputs)):
-            found = _at(results, path)
-            if found and (path[0] not in untold or id(value) in share.results):
-                paths[index] = tuple(path)
-        return paths
+    @functools.wraps(original)
+    def result() -> Any:
+        value = original()
+        share = current_share()
+        if share is not None:
+            share.note_result(metric, value)
+        return value
 
-
-def _at(results: Any, path: tuple[Any, ...]) -> bool:
-    """Whether there is one result, not a dict of them, at that place."""
-    for key in path:
-        if not isinstance(results, dict) or key not in results:
-            return False
-        results = results[key]
-    return not isinstance(results, dict)
+    return result
 
 
 def _is_number(value: Any) -> bool:

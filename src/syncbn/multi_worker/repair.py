@@ -10,7 +10,7 @@ from typing import Any
 
 from syncbn.errors import RepairError
 
-__all__ = ["MISSING", "Patch", "Repair", "source_probe"]
+__all__ = ["MISSING", "Applied", "Patch", "Repair", "source_probe"]
 
 MISSING = object()
 """What `Patch.replacement` is given where the owner has no such attribute of its own."""
@@ -28,29 +28,39 @@ class Patch:
     attribute: str
     replacement: Callable[[Any], Any]
 
-    def apply(self) -> Callable[[], None]:
-        """Put the replacement in; returns the function that takes it out again.
-
-        Raises:
-            RepairError: (on undoing) somebody else has replaced the attribute since.
-        """
+    def apply(self) -> Applied:
+        """Put the replacement in; returns what takes it out again."""
         original = vars(self.owner).get(self.attribute, MISSING)
         replacement = self.replacement(original)
         setattr(self.owner, self.attribute, replacement)
+        return Applied(self, original, replacement)
 
-        def undo() -> None:
-            if vars(self.owner).get(self.attribute) is not replacement:
-                raise RepairError(
-                    f"Undoing requires that {self.owner.__name__}.{self.attribute} is what "
-                    "enable_multi_worker() put there. Received: another patch on top of it. Undo "
-                    "that one first."
-                )
-            if original is MISSING:
-                delattr(self.owner, self.attribute)
-            else:
-                setattr(self.owner, self.attribute, original)
 
-        return undo
+@dataclass(frozen=True)
+class Applied:
+    """A patch that is in place."""
+
+    patch: Patch
+    original: Any
+    replacement: Any
+
+    def undo(self) -> None:
+        """Give the owner its original back.
+
+        Raises:
+            RepairError: somebody else has replaced the attribute since.
+        """
+        owner, attribute = self.patch.owner, self.patch.attribute
+        if vars(owner).get(attribute) is not self.replacement:
+            raise RepairError(
+                f"Undoing requires that {owner.__name__}.{attribute} is what "
+                "enable_multi_worker() put there. Received: another patch on top of it. Undo "
+                "that one first."
+            )
+        if self.original is MISSING:
+            delattr(owner, attribute)
+        else:
+            setattr(owner, attribute, self.original)
 
 
 @dataclass(frozen=True)

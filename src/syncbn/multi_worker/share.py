@@ -15,6 +15,8 @@ from syncbn.multi_worker.replicas import replica_count, sum_over_replicas
 
 __all__ = ["Share", "current_share", "fraction_of_batch", "sharing"]
 
+Path = tuple[Any, ...]
+
 # One stack a thread: a strategy runs its replicas in threads of their own.
 _shares = threading.local()
 
@@ -22,26 +24,24 @@ _shares = threading.local()
 class Share:
     """How many examples this replica has of the batch, and all of them together.
 
-    `examples`: a float32 scalar. `losses`, `terms` and `results`: the tensors that
-    `compute_loss`, losses and `get_metrics_result` have returned in this step, by identity.
+    `examples`: a float32 scalar. It also remembers which tensors are results of metrics.
     """
 
     def __init__(self, examples: Any) -> None:
         self.examples = examples
-        # By identity, which is one only as long as the object lives: the tensors are kept, too.
-        self.losses: dict[int, Any] = {}
-        self.terms: dict[int, Any] = {}
-        self.results: dict[int, Any] = {}
+        # By identity, which is one only as long as the object lives: the tensor is kept, too.
+        self._results: dict[int, tuple[Any, Any, Path]] = {}
         self._all: Any = None
 
-    def note(self, name: str, tensors: list[Any]) -> None:
-        """Add to `losses`, `terms` or `results`."""
-        getattr(self, name).update({id(tensor): tensor for tensor in tensors})
+    def note_result(self, metric: Any, result: Any) -> None:
+        """What a metric has returned: one tensor, or several by their names."""
+        for path, tensor in tree.flatten_with_path(result):
+            self._results[id(tensor)] = tensor, metric, tuple(path)
 
-    def is_loss(self, value: Any) -> bool:
-        """Whether it is this replica's share of a loss: one number, as it was returned."""
-        known = id(value) in self.losses or id(value) in self.terms
-        return known and value.shape.rank == 0
+    def result_of(self, tensor: Any) -> tuple[Any, Path] | None:
+        """Whose result it is, and where it is in that, if it is one as it was returned."""
+        found = self._results.get(id(tensor))
+        return found and found[1:]
 
     def all_examples(self) -> Any:
         """Of every replica. The first call is a collective, if `learn` has not come before."""

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import threading
+from collections.abc import Iterable
 from types import TracebackType
 from typing import Self
 
-from syncbn.errors import InputError
+from syncbn.errors import InputError, RepairError
 from syncbn.multi_worker.catalogue import REPAIRS
+from syncbn.multi_worker.repair import Applied
 
 __all__ = ["MultiWorker", "enable_multi_worker"]
 
 
 class MultiWorker:
-    """The repairs that are in effect. A context manager: leaving it undoes them.
+    """The repairs that are in effect.
 
+    A context manager: leaving it undoes them, unless they were in effect before it was entered.
     `applied`: the names of the repairs that this Keras needed; `not_needed`: those it did not;
     `without`: those left out on request. `timeout`: seconds that a collective may take.
     """
@@ -24,7 +27,8 @@ class MultiWorker:
         self.timeout = timeout
         self.applied: tuple[str, ...] = ()
         self.not_needed: tuple[str, ...] = ()
-        self._undo: list[Callable[[], None]] = []
+        self._calls = 0
+        self._patches: list[Applied] = []
 
     def _apply(self) -> None:
         """Ask every probe before the first patch, so that an error leaves Keras as it was."""
@@ -39,7 +43,7 @@ class MultiWorker:
         try:
             for repair in needed:
                 for patch in repair.patches():
-                    self._undo.append(patch.apply())
+                    self._patches.append(patch.apply())
         except BaseException:
             self.undo()
             raise
@@ -47,14 +51,26 @@ class MultiWorker:
         self.not_needed = tuple(repair.name for repair in wanted if repair not in needed)
 
     def undo(self) -> None:
-        """Give Keras its own code back. Doing it twice does nothing."""
+        """Give Keras its own code back. Doing it twice does nothing.
+
+        Raises:
+            RepairError: somebody else has patched Keras on top of it. What was taken out until
+                then is put back: all repairs stay in effect.
+        """
         global _active
-        while self._undo:
-            self._undo[-1]()
-            self._undo.pop()
-        self.applied = ()
-        if _active is self:
-            _active = None
+        with _lock:
+            undone: list[Applied] = []
+            try:
+                while self._patches:
+                    self._patches[-1].undo()
+                    undone.append(self._patches.pop())
+            except RepairError:
+                self._patches += [applied.patch.apply() for applied in reversed(undone)]
+                raise
+            self.applied = ()
+            self._calls = 0
+            if _active is self:
+                _active = None
 
     def __enter__(self) -> Self:
         return self
@@ -65,10 +81,13 @@ class MultiWorker:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.undo()
+        self._calls -= 1
+        if self._calls <= 0:
+            self.undo()
 
 
 _active: MultiWorker | None = None
+_lock = threading.RLock()
 
 
 def active() -> MultiWorker | None:
@@ -85,8 +104,8 @@ def enable_multi_worker(*, without: Iterable[str] = (), timeout: float = 120.0) 
     replica, and where this Keras does not need a repair, nothing changes.
 
     Call it once, on every worker, before the strategy is made. Calling it again gives the same
-    object. What it returns is a context manager, whose end gives Keras its own code back, as
-    `undo()` does; functions that a model has traced meanwhile stay as they are.
+    object. That is a context manager; leaving it gives Keras its own code back, unless it was in
+    effect before. `undo()` does so in any case. What a model has traced meanwhile stays.
 
     Args:
         without: names of repairs to leave out, where Keras's own rule is wanted:
@@ -118,15 +137,16 @@ def enable_multi_worker(*, without: Iterable[str] = (), timeout: float = 120.0) 
         )
     if not timeout > 0:
         raise InputError(f"`timeout` requires seconds, more than 0. Received: {timeout}.")
-    if _active is not None:
-        if (_active.without, _active.timeout) != (left_out, timeout):
+    with _lock:
+        if _active is None:
+            enabled = MultiWorker(left_out, timeout)
+            enabled._apply()
+            _active = enabled
+        elif (_active.without, _active.timeout) != (left_out, timeout):
             raise InputError(
                 "enable_multi_worker() requires the arguments with which it is in effect already, "
                 f"without={sorted(_active.without)} and timeout={_active.timeout}. Received: "
                 f"without={sorted(left_out)}, timeout={timeout}. Call undo() on what it returned."
             )
+        _active._calls += 1
         return _active
-    enabled = MultiWorker(left_out, timeout)
-    enabled._apply()
-    _active = enabled
-    return enabled

@@ -40,6 +40,9 @@ def _builder(original: Callable[..., None]) -> Callable[..., None]:
         strategy = model._distribute_strategy
         if strategy is None or replica_count(strategy) == 1 or iterator is None:
             return original(model, iterator=iterator, data_batch=data_batch)
+        if type(model).call is keras.Model.call:
+            # Only its `train_step` knows what it does, as in a model of two adversaries.
+            return None
         batch = symbolic_batch(iterator._distributed_dataset.element_spec)
         with strategy.scope():
             model._symbolic_build(data_batch=batch)

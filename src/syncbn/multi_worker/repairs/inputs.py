@@ -19,7 +19,12 @@ from keras.src.trainers.epoch_iterator import EpochIterator
 from syncbn.errors import InputError
 from syncbn.multi_worker.board import exchange
 from syncbn.multi_worker.repair import Patch, source_probe
-from syncbn.multi_worker.replicas import is_multi_worker, local_replica_count, worker_count
+from syncbn.multi_worker.replicas import (
+    is_multi_worker,
+    local_replica_count,
+    replica_count,
+    worker_count,
+)
 
 __all__ = ["is_needed", "patches"]
 
@@ -44,21 +49,35 @@ def _constructor(original: Callable[..., None]) -> Callable[..., None]:
     def __init__(  # noqa: N807 - Keras's
         iterator: Any, distribute_strategy: Any = None, *args: Any, **kwargs: Any
     ) -> None:
-        if distribute_strategy is None or not is_multi_worker(distribute_strategy):
-            return original(iterator, distribute_strategy, *args, **kwargs)
+        strategy = distribute_strategy
+        if strategy is None or replica_count(strategy) == 1:
+            return original(iterator, strategy, *args, **kwargs)
         EpochIterator.__init__(iterator, *args, **kwargs)
-        iterator._distribute_strategy = distribute_strategy
-        iterator._distributed_dataset = distributed(
-            distribute_strategy, iterator.data_adapter.get_tf_dataset()
-        )
-        if not iterator.steps_per_epoch:
+        iterator._distribute_strategy = strategy
+        dataset = without_nothing(iterator.data_adapter.get_tf_dataset())
+        iterator._distributed_dataset = distributed(strategy, dataset)
+        if is_multi_worker(strategy) and not iterator.steps_per_epoch:
             iterator.data_adapter = _WithBatches(
-                iterator.data_adapter, _agreed_batches(iterator, distribute_strategy)
+                iterator.data_adapter, _agreed_batches(iterator, strategy)
             )
             iterator._num_batches = iterator.data_adapter.num_batches
         return None
 
     return __init__
+
+
+def without_nothing(dataset: Any) -> Any:
+    """The dataset of a generator that yields `(x, y, None)`, without the None at the end.
+
+    It is an empty Optional there, which TensorFlow cannot split.
+    """
+    spec = dataset.element_spec
+    if isinstance(dataset, tf.distribute.DistributedDataset) or not isinstance(spec, tuple):
+        return dataset
+    kept = len(spec)
+    while kept > 1 and isinstance(spec[kept - 1], tf.OptionalSpec):
+        kept -= 1
+    return dataset if kept == len(spec) else dataset.map(lambda *element: element[:kept])
 
 
 class _WithBatches:
@@ -89,6 +108,8 @@ def distributed(strategy: Any, dataset: Any) -> Any:
     policy = policy_of(dataset)
     if policy is None:
         return dataset
+    if not is_multi_worker(strategy):
+        return strategy.experimental_distribute_dataset(dataset)
     options = tf.data.Options()
     options.experimental_distribute.auto_shard_policy = policy
     part = strategy.experimental_distribute_dataset(dataset.with_options(options))

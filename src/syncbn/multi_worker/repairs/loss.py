@@ -8,14 +8,16 @@ divided at all.
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable
 from typing import Any
 
 import tensorflow as tf
-from keras.src import ops, tree
+from keras.src import ops
+from keras.src.backend.common.global_state import get_global_attribute
 from keras.src.backend.tensorflow.trainer import TensorFlowTrainer
 from keras.src.losses import loss as keras_loss
-from keras.src.metrics.reduction_metrics import Mean
+from keras.src.metrics.reduction_metrics import Mean, MeanMetricWrapper
 from keras.src.trainers.trainer import Trainer
 
 from syncbn.multi_worker.repair import Patch, source_probe
@@ -23,6 +25,8 @@ from syncbn.multi_worker.replicas import in_replica, replica_count, sum_over_rep
 from syncbn.multi_worker.share import current_share, fraction_of_batch
 
 __all__ = ["is_needed", "patches"]
+
+_thread = threading.local()
 
 
 def is_needed() -> bool:
@@ -40,10 +44,9 @@ def patches() -> list[Patch]:
         Patch(keras_loss, "reduce_weighted_values", _reducer),
         Patch(keras_loss, "unscale_loss_for_distribution", _reporter),
         Patch(TensorFlowTrainer, "_aggregate_additional_loss", _adder),
-        Patch(keras_loss.Loss, "__call__", _noting("terms")),
+        Patch(keras_loss.Loss, "__call__", _nesting),
         Patch(Mean, "update_state", _tracker),
-        Patch(Trainer, "compute_loss", _noting("losses")),
-        Patch(Trainer, "get_metrics_result", _noting("results")),
+        Patch(MeanMetricWrapper, "update_state", _nesting),
     ]
 
 
@@ -91,13 +94,60 @@ def _share_of_loss(
     if reduction in (None, "none"):
         return values
     if values.shape.rank == 0:
-        return values if not in_replica() else values * ops.cast(fraction_of_batch(), values.dtype)
+        return values if not in_replica() else _part_of_mean(values)
     loss = ops.sum(values)
     if reduction == "sum":
-        return loss
+        return _reported_whole(loss)
     by_weight = reduction == "mean_with_sample_weight"
     divisor = _divisor(values, weight if by_weight else None, mask, total)
-    return ops.divide_no_nan(loss, ops.cast(divisor, loss.dtype))
+    return _reported_whole(ops.divide_no_nan(loss, ops.cast(divisor, loss.dtype)))
+
+
+def _part_of_mean(mean: Any) -> Any:
+    """This replica's part of the mean over all examples, of a mean over its own."""
+    fraction = ops.cast(fraction_of_batch(), mean.dtype)
+    # The mean over an empty part is 0 / 0.
+    return _reported_whole(ops.where(fraction > 0, mean, ops.zeros_like(mean)) * fraction)
+
+
+def _reported_whole(part: Any) -> Any:
+    """The gradient of this replica's part, and the value of a mean over its examples.
+
+    So that whatever a `train_step` makes of it, adds it to others, tracks or returns it, the mean
+    over all examples of that is the loss of the global batch. Within another loss, a layer or a
+    metric it is such a mean altogether: those take their own part of it.
+    """
+    share = current_share() if in_replica() else None
+    if share is None:
+        return part if not _is_nested() else part * replica_count()
+    mean = share.as_mean(part)
+    if _is_nested():
+        return mean
+    # Not of what has overflowed: inf - inf would make it NaN.
+    shift = tf.where(tf.math.is_finite(part), mean - part, tf.zeros_like(part))
+    return part + tf.stop_gradient(shift)
+
+
+def _is_nested() -> bool:
+    """Whether a loss is taken within another one, a metric or the call of a layer."""
+    in_layer = get_global_attribute("current_call_ctx") is not None
+    return in_replica() and (in_layer or getattr(_thread, "depth", 0) > 1)
+
+
+def _nesting(original: Callable[..., Any]) -> Callable[..., Any]:
+    # What a metric's function takes is nested in it; a loss by itself is not.
+    own = 1 if original.__name__ == "__call__" else 2
+
+    @functools.wraps(original)
+    def method(*args: Any, **kwargs: Any) -> Any:
+        before = getattr(_thread, "depth", 0)
+        _thread.depth = before + own
+        try:
+            return original(*args, **kwargs)
+        finally:
+            _thread.depth = before
+
+    return method
 
 
 def _divisor(values: Any, weight: Any, mask: Any, total: Callable[[Any], Any]) -> Any:
@@ -133,13 +183,9 @@ def _reporter(original: Callable[[Any], Any]) -> Callable[[Any], Any]:
         """What Keras's trackers take, so that they come to the loss of the global batch."""
         if not in_replica():
             return original(value) if replica_count() == 1 else value
-        share = current_share()
-        of_step = share is not None and id(value) in share.losses
         value = tf.stop_gradient(ops.convert_to_tensor(value))
-        if value.shape.rank == 0 and of_step and share is not None:
-            return share.as_mean(value)
         if value.shape.rank == 0:
-            return sum_over_replicas(value)
+            return value
         # A loss without a reduction: what is reported is its mean.
         terms = tf.stack([tf.reduce_sum(value), tf.cast(tf.size(value), value.dtype)])
         return tf.math.divide_no_nan(*tf.unstack(sum_over_replicas(terms)))
@@ -150,10 +196,13 @@ def _reporter(original: Callable[[Any], Any]) -> Callable[[Any], Any]:
 def _tracker(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def update_state(metric: Any, values: Any, sample_weight: Any = None) -> None:
-        """The whole loss, where a `train_step` of the user tracks the share that it has taken."""
+        """A number a batch counts as much as the replica's part of the batch does."""
         share = current_share() if in_replica() else None
-        if share is not None and share.is_loss(values):
-            values = sum_over_replicas(tf.stop_gradient(values))
+        if share is not None and sample_weight is None and _is_number(values):
+            fraction = share.fraction()
+            values = ops.cast(values, metric.dtype)
+            values = ops.where(fraction > 0, values, ops.zeros_like(values))
+            sample_weight = fraction
         original(metric, values, sample_weight)
 
     return update_state
@@ -163,26 +212,11 @@ def _adder(original: Callable[..., Any]) -> Callable[..., Any]:
     def _aggregate_additional_loss(model: Any, loss: Any) -> Any:
         if not in_replica():
             return original(model, loss)
-        loss = Trainer._aggregate_additional_loss(model, loss)
-        fraction = ops.cast(fraction_of_batch(), loss.dtype)
-        # The mean over an empty part is 0 / 0.
-        return ops.where(fraction > 0, loss, ops.zeros_like(loss)) * fraction
+        return _part_of_mean(Trainer._aggregate_additional_loss(model, loss))
 
     return _aggregate_additional_loss
 
 
-def _noting(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Remember what a method returns, so that a step's report knows it when it sees it again."""
-
-    def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(original)
-        def method(*args: Any, **kwargs: Any) -> Any:
-            result = original(*args, **kwargs)
-            share = current_share() if in_replica() else None
-            if share is not None:
-                share.note(name, tree.flatten(result))
-            return result
-
-        return method
-
-    return wrap
+def _is_number(values: Any) -> bool:
+    shape = getattr(values, "shape", None)
+    return shape is not None and len(shape) == 0

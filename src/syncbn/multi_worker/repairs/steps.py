@@ -81,7 +81,9 @@ def _function_on_replicas(model: Any, step_function: Callable[[Any], Any]) -> Ca
     on_replica = model._autoconvert_optionals(step)
 
     def on_data(data: Any) -> Any:
-        return step.logs(strategy.run(on_replica, args=(data,)), strategy)
+        with step.noting_results():
+            report = strategy.run(on_replica, args=(data,))
+        return step.logs(report, strategy)
 
     def on_iterator(iterator: Any) -> Any:
         if model.steps_per_execution == 1:
