@@ -23,7 +23,8 @@ class Progress:
     number of the outermost fit, evaluate, …; `failed`: that one and why, once it ended by an error.
     `in_callback`: whether a callback is running, which may be on this worker alone. `batches`: the
     number of the batch that this process is in, or can no longer avoid. `asks`: how many requests
-    to stop it knows of.
+    to stop it knows of. `beats`: steps within one call of TensorFlow. `is_creating`: whether a
+    variable is being made, outside of operations.
     """
 
     def __init__(self) -> None:
@@ -33,6 +34,8 @@ class Progress:
         self.in_callback = False
         self.failed: tuple[int, str] | None = None
         self.batches = 1
+        self.beats = 0
+        self.is_creating = False
         self.asks = 0
         self.epoch: int | None = None
         self._words: tuple[Any, ...] = ("nothing yet",)
@@ -69,6 +72,32 @@ class Progress:
             self.depth -= 1
             self.in_callback, self.epoch = in_callback, epoch
             self.advance(f"after {name}()" if outermost else f"after {name}() in a callback")
+
+    @contextmanager
+    def creating(self) -> Iterator[None]:
+        """While a variable gets its value from the chief."""
+        if self.depth == 0:
+            self._thread = threading.get_ident()
+            self.advance("creating a variable")
+        before, self.is_creating = self.is_creating, True
+        try:
+            yield
+        finally:
+            self.is_creating = before
+
+    def beat(self) -> None:
+        """A step within a call of many."""
+        self.beats += 1
+
+    def is_waiting(self) -> bool:
+        """Whether this process does what needs the others: not what a callback does alone."""
+        return self.is_creating or (self.depth > 0 and not self.in_callback)
+
+    def place(self) -> tuple[int, ...]:
+        """Where the working thread is: the same twice while it waits within one call."""
+        frame = sys._current_frames().get(self._thread)
+        position = () if frame is None else (id(frame), frame.f_lasti)
+        return self.phase, self.beats, *position
 
     @contextmanager
     def callbacks(self, hook: str, words: str, number: int | None = None) -> Iterator[None]:

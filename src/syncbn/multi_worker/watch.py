@@ -10,7 +10,7 @@ import tensorflow as tf
 from tensorflow.python.eager import context as tf_context
 
 from syncbn.errors import WorkerError
-from syncbn.multi_worker.board import Board, Worker
+from syncbn.multi_worker.board import Board, Worker, timeout
 from syncbn.multi_worker.progress import progress
 from syncbn.multi_worker.stopping import Stops
 
@@ -33,7 +33,7 @@ class Watch:
         self.verdict: str | None = None
         self.stops = Stops(board)
         self._ended = threading.Event()
-        self._phase = -1
+        self._place: tuple[int, ...] = ()
         self._since = time.monotonic()
         self._suspects: set[int] = set()
         self._thread = threading.Thread(target=self._run, name="syncbn-watch", daemon=True)
@@ -50,8 +50,8 @@ class Watch:
         self._thread.join(timeout=10)
 
     def stuck_for(self) -> float:
-        """Seconds that this process has been in its phase, as far as was noticed."""
-        return time.monotonic() - self._since if progress.phase == self._phase else 0.0
+        """Seconds that this process has been waiting within one call, as far as was noticed."""
+        return time.monotonic() - self._since
 
     def _run(self) -> None:
         try:
@@ -64,13 +64,17 @@ class Watch:
                 self._abort(str(error))
 
     def _turn(self) -> None:
-        if progress.phase != self._phase:
-            self._phase, self._since = progress.phase, time.monotonic()
+        place = progress.place()
+        if place != self._place:
+            self._place, self._since = place, time.monotonic()
             self._suspects.clear()
         self.board.publish()
-        if progress.depth and self.verdict is None and self.stuck_for() >= PATIENCE:
+        watched = progress.depth or progress.is_creating
+        if watched and self.verdict is None and self.stuck_for() >= PATIENCE:
             for peer in self.board.peers:
                 self._look_at(peer)
+            if progress.is_waiting() and self.stuck_for() >= timeout():
+                self._abort(self._late())
             # Many workers that all look at all others would keep the chief busy.
             self._ended.wait(len(self.board.peers) / 32)
 
@@ -87,6 +91,17 @@ class Watch:
             self._abort(f"{peer} is gone: its server does not answer; last seen {last_seen}")
         else:
             self._suspects.add(peer.index)
+
+    def _late(self) -> str:
+        """Who is behind; where nobody is, what everybody does."""
+        records = {peer: self.board.look_at(peer) for peer in self.board.peers}
+        behind = [peer for peer, seen in records.items() if seen and seen["phase"] < progress.phase]
+        words = [
+            f"{peer} is {'late' if peer in behind else 'alive'}, "
+            f"last seen {self.board.last_seen(peer)}"
+            for peer in behind or self.board.peers
+        ]
+        return f"{'; '.join(words)}, after {timeout():.0f} s"
 
     def _abort(self, verdict: str) -> None:
         if self.verdict is None:

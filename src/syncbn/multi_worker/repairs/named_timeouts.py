@@ -1,7 +1,8 @@
 """No collective waits for ever, and the error of one names the worker that it waited for.
 
-TensorFlow sets no timeout unless asked to, none at all for the broadcast of a new variable, and its
-errors tell a device and a number. What a worker does otherwise is known from its progress.
+TensorFlow sets no timeout unless asked to, and its errors tell a device and a number. What it does
+when asked to starts a thread for every collective, which sleeps as long: with 40 of them a step
+there are soon more than a machine can have. Here the one thread that watches keeps the time.
 """
 
 from __future__ import annotations
@@ -13,16 +14,13 @@ from typing import Any
 
 import tensorflow as tf
 from keras.src.backend.tensorflow.trainer import TensorFlowTrainer
-from tensorflow.python.distribute import collective_util
-from tensorflow.python.distribute.cross_device_utils import CollectiveReplicaLauncher
 from tensorflow.python.ops import collective_ops
 
 from syncbn.errors import WorkerError
 from syncbn.multi_worker import watch
-from syncbn.multi_worker.board import Board, Worker, board_of, timeout
+from syncbn.multi_worker.board import Board, Worker, board_of
 from syncbn.multi_worker.progress import progress
 from syncbn.multi_worker.repair import Patch, source_probe
-from syncbn.multi_worker.replicas import is_multi_worker
 
 __all__ = ["OPERATIONS", "is_needed", "patches"]
 
@@ -56,54 +54,26 @@ def is_needed() -> bool:
 
 
 def patches() -> list[Patch]:
-    """Both launchers of collectives, the broadcasts, and the operations of the trainer."""
+    """The broadcasts of new variables, and the operations of the trainer."""
     return [
-        Patch(CollectiveReplicaLauncher, "all_reduce", _all_reduce_with_timeout),
-        Patch(CollectiveReplicaLauncher, "_all_gather", _all_gather_with_timeout),
-        Patch(collective_ops, "broadcast_send", _broadcast_with_timeout),
-        Patch(collective_ops, "broadcast_recv", _broadcast_with_timeout),
+        Patch(collective_ops, "broadcast_send", _watched),
+        Patch(collective_ops, "broadcast_recv", _watched),
         *(Patch(TensorFlowTrainer, name, _naming(name)) for name in OPERATIONS),
     ]
 
 
-def _options(launcher: Any, options: Any) -> Any:
-    """The options of this call, of the strategy, or our timeout, whichever says one first."""
-    merged = launcher._options.merge(options)
-    # Replicas of one process cannot be late, and watching the clock costs each collective time.
-    if merged.timeout_seconds or not is_multi_worker(tf.distribute.get_strategy()):
-        return options
-    ours = collective_util.Options(timeout_seconds=timeout())
-    return ours if options is None else options.merge(ours)
+def _watched(original: Callable[..., Any]) -> Callable[..., Any]:
+    """A new variable: outside of any operation the watching thread looks at it, too."""
 
-
-def _all_reduce_with_timeout(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
-    def all_reduce(
-        launcher: Any, input_tensor: Any, control_input: Any = None, options: Any = None
-    ) -> Any:
-        return original(launcher, input_tensor, control_input, _options(launcher, options))
-
-    return all_reduce
-
-
-def _all_gather_with_timeout(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def _all_gather(launcher: Any, input_tensor: Any, options: Any) -> Any:
-        return original(launcher, input_tensor, _options(launcher, options))
-
-    return _all_gather
-
-
-def _broadcast_with_timeout(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def broadcast(*args: Any, timeout: float = 0, **kwargs: Any) -> Any:
-        return original(*args, timeout=timeout or _timeout(), **kwargs)
+    def broadcast(*args: Any, **kwargs: Any) -> Any:
+        board = board_of(tf.distribute.get_strategy())
+        if board is None:
+            return original(*args, **kwargs)
+        with progress.creating():
+            return original(*args, **kwargs)
 
     return broadcast
-
-
-def _timeout() -> float:
-    return timeout()
 
 
 def _naming(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

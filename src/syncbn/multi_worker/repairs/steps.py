@@ -16,8 +16,9 @@ from keras.src.trainers.trainer import Trainer
 
 from syncbn.errors import UnsupportedFeatureError
 from syncbn.multi_worker.logs import ReportingStep
+from syncbn.multi_worker.progress import progress
 from syncbn.multi_worker.repair import Patch, source_probe
-from syncbn.multi_worker.replicas import replica_count
+from syncbn.multi_worker.replicas import is_multi_worker, replica_count
 from syncbn.multi_worker.splitting import split
 
 __all__ = ["is_needed", "patches"]
@@ -88,7 +89,8 @@ def _function_on_replicas(model: Any, step_function: Callable[[Any], Any]) -> Ca
     def on_iterator(iterator: Any) -> Any:
         if model.steps_per_execution == 1:
             return tf.experimental.Optional.from_value(on_data(iterator.get_next()))
-        return _loop(on_data, iterator, model.steps_per_execution)
+        beat = progress.beat if is_multi_worker(strategy) else None
+        return _loop(on_data, iterator, model.steps_per_execution, beat)
 
     def compiled(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
         if model.run_eagerly:
@@ -133,7 +135,9 @@ def explain(error: tf.errors.InternalError) -> None:
         ) from error
 
 
-def _loop(on_data: Callable[[Any], Any], iterator: Any, steps: int) -> Any:
+def _loop(
+    on_data: Callable[[Any], Any], iterator: Any, steps: int, beat: Callable[[], None] | None
+) -> Any:
     """At most so many steps, fewer where the data end; the outputs of the last, if any.
 
     As Keras writes it: the outputs' structure is known only once the loop's body is traced.
@@ -144,6 +148,9 @@ def _loop(on_data: Callable[[Any], Any], iterator: Any, steps: int) -> Any:
         return tf.logical_and(step < steps, data.has_value())
 
     def body(step: Any, _: Any, data: Any) -> tuple[Any, Any, Any]:
+        if beat is not None:
+            # A call of many steps is long, and not late.
+            tf.py_function(beat, [], [])
         outputs = tf.experimental.Optional.from_value(on_data(data.get_value()))
         outputs_of_none._element_spec = outputs.element_spec
         following = tf.cond(step + 1 < steps, iterator.get_next_as_optional, lambda: data)
