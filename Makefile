@@ -39,8 +39,9 @@ demo: $(READY)
 	$(BIN)/syncbn train --compare --model convnet --precision float64 --epochs 3 \
 		--output $(OUTPUT)/convnet
 
+# Two processes, whole files each: what a file prepares once is used by all of its tests.
 test: lint types
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff check .

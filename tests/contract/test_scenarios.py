@@ -4,6 +4,9 @@ import pytest
 from tests.scenarios.runs import assert_equals_one_device
 from tests.scenarios.scenario import select
 
+# The first test of a world waits for all that runs there.
+pytestmark = pytest.mark.timeout(900)
+
 WORLDS = ["one_repaired", "mirrored2", "mirrored4"]
 
 

@@ -10,7 +10,8 @@ from tests.scenarios.world import REFERENCE
 
 from syncbn.multi_worker import REPAIRS
 
-pytestmark = pytest.mark.multiprocess
+# The first test of a world waits for all that runs there.
+pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(900)]
 
 # Where a repair is shown to be needed: in the cheapest of the scenario's worlds.
 PLACES = ("mirrored2", "workers2x1")

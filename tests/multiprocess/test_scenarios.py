@@ -5,7 +5,8 @@ import pytest
 from tests.scenarios.runs import assert_equals_one_device
 from tests.scenarios.scenario import select
 
-pytestmark = pytest.mark.multiprocess
+# The first test of a world waits for all that runs there.
+pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(900)]
 
 WORLDS = ["workers2x1", "workers2x2"]
 

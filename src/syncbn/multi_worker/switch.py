@@ -19,7 +19,7 @@ class MultiWorker:
 
     A context manager: leaving it undoes them, unless they were in effect before it was entered.
     `applied`: the names of the repairs that this Keras needed; `not_needed`: those it did not;
-    `without`: those left out on request. `timeout`: seconds that a collective may take.
+    `without`: those left out on request. `timeout`: seconds that one worker waits for another.
     """
 
     def __init__(self, without: frozenset[str], timeout: float) -> None:
@@ -110,9 +110,8 @@ def enable_multi_worker(*, without: Iterable[str] = (), timeout: float = 120.0) 
     Args:
         without: names of repairs to leave out, where Keras's own rule is wanted:
             `without=["seeds"]` draws the same dropout mask on every replica.
-        timeout: seconds that one worker waits for another, in a collective or a checkpoint, before
-            it raises a WorkerError which names it. `CommunicationOptions(timeout_seconds=…)` of the
-            strategy comes first for collectives.
+        timeout: seconds that one worker waits for another, in a step, a checkpoint or a new
+            variable, before it raises a WorkerError which names it.
 
     Returns:
         The repairs in effect: `applied`, `not_needed`, `undo()`.
