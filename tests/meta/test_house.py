@@ -3,14 +3,12 @@
 import ast
 import importlib
 import json
-import os
-import subprocess
-import sys
 import tomllib
 from importlib import metadata
 from pathlib import Path
 
 import pytest
+from tests.processes import python
 
 import syncbn
 
@@ -18,19 +16,6 @@ ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "src" / "syncbn"
 MODULES = sorted(SOURCE.rglob("*.py"))
 FRAMEWORKS = {"keras", "tensorflow", "jax", "torch", "tf_keras"}
-
-
-def python(code, **environment):
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-        env={**os.environ, **environment},
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stdout
 
 
 LOADED = "import sys, json; print(json.dumps(sorted(m.split('.')[0] for m in sys.modules)))"

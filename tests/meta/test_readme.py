@@ -1,12 +1,10 @@
 """The README is true: its code runs and prints what it says, its files and names exist."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from tests.processes import python
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -15,16 +13,7 @@ PYTHON_BLOCKS = [code for language, code in BLOCKS if language == "python"]
 
 
 def run(code):
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-        env={**os.environ, "KERAS_BACKEND": "tensorflow"},
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stdout
+    return python(code, KERAS_BACKEND="tensorflow")
 
 
 @pytest.mark.parametrize("number", range(len(PYTHON_BLOCKS)))

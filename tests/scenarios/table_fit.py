@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import warnings
+from pathlib import Path
 from typing import Any
 
 import keras
@@ -325,3 +326,17 @@ def averaged_moving_statistics(world: World) -> Any:
         else True,
         "variance is near one": np.abs(np.array(norm.moving_variance) - 1).max() < 0.3,
     }
+
+
+@scenario(
+    covers=["TensorFlow's timeouts: a thread that sleeps for every collective"],
+    worlds=("one", "workers2x1"),
+    core=("one", "workers2x1"),
+)
+def threads(world: World) -> Any:
+    """40 steps of five collectives leave no threads behind."""
+    model = dense_model(world)
+    fit(model, normal(64, 6), targets(64), batch_size=32, epochs=2)
+    before = len(list(Path("/proc/self/task").iterdir()))
+    fit(model, normal(64, 6), targets(64), batch_size=32, epochs=20)
+    return {"no more than before": len(list(Path("/proc/self/task").iterdir())) < before + 50}

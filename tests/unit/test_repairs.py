@@ -1,12 +1,10 @@
 """The switch of the repairs: once, undone, nothing guessed."""
 
-import os
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import keras
 import pytest
+from tests.processes import python
 
 import syncbn
 from syncbn.multi_worker import REPAIRS, switch
@@ -155,19 +153,6 @@ def test_what_somebody_else_has_patched_since_is_not_taken_away(monkeypatch):
     keras.Model.some_attribute = "ours"
     applied.undo()
     assert not hasattr(keras.Model, "some_attribute")
-
-
-def python(code, **environment):
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-        env={**os.environ, **environment},
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stdout
 
 
 def test_the_catalogue_can_be_read_without_a_framework():
