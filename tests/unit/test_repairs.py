@@ -11,6 +11,9 @@ from syncbn.multi_worker import REPAIRS, switch
 from syncbn.multi_worker import repair as repair_module
 from syncbn.multi_worker.repair import Patch, Repair, source_probe
 
+pytestmark = pytest.mark.skipif(
+    tuple(map(int, keras.__version__.split(".")[:2])) < (3, 11), reason="repairs Keras 3.11 on"
+)
 NAMES = [repair.name for repair in REPAIRS]
 
 
