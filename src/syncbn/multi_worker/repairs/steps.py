@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import tensorflow as tf
+from keras.src import tree
 from keras.src.backend.tensorflow.trainer import TensorFlowTrainer
 from keras.src.trainers.trainer import Trainer
 
@@ -78,8 +79,9 @@ def _maker(original: Callable[..., Any]) -> Callable[..., Any]:
 def _function_on_replicas(model: Any, step_function: Callable[[Any], Any]) -> Callable[[Any], Any]:
     strategy = model.distribute_strategy
     step = ReportingStep(model, step_function)
-    # A generator's None comes as an empty Optional, one on each replica.
-    on_replica = model._autoconvert_optionals(step)
+
+    def on_replica(data: Any) -> Any:
+        return step(_without_empty(data))
 
     def on_data(data: Any) -> Any:
         with step.noting_results():
@@ -117,6 +119,13 @@ def _function_on_replicas(model: Any, step_function: Callable[[Any], Any]) -> Ca
         return outputs
 
     return function
+
+
+def _without_empty(data: Any) -> Any:
+    """A generator's None comes as an empty Optional."""
+    return tree.map_structure(
+        lambda leaf: None if isinstance(leaf, tf.experimental.Optional) else leaf, data
+    )
 
 
 def explain(error: tf.errors.InternalError) -> None:
