@@ -15,6 +15,7 @@ from typing import Any
 import tensorflow as tf
 from keras.src.backend.tensorflow.trainer import TFEpochIterator
 from keras.src.trainers.epoch_iterator import EpochIterator
+from tensorflow.python.distribute.input_lib import DistributedDatasetsFromFunction
 
 from syncbn.errors import InputError
 from syncbn.multi_worker.board import exchange
@@ -144,7 +145,8 @@ def _agreed_batches(iterator: Any, strategy: Any) -> int | None:
     Raises:
         InputError: a worker has no data, or DATA was given different datasets.
     """
-    policy = policy_of(iterator.data_adapter.get_tf_dataset())
+    dataset = iterator.data_adapter.get_tf_dataset()
+    policy = policy_of(dataset)
     own = iterator.data_adapter.num_batches
     every = exchange(strategy, "the start of the data", own)
     if policy == Policy.DATA and len(set(every)) > 1:
@@ -167,7 +169,7 @@ def _agreed_batches(iterator: Any, strategy: Any) -> int | None:
     if policy == Policy.OFF:
         # Every step takes a worker's share of a global batch.
         return most * len(every)
-    if policy is None:
-        # One element a replica.
+    if isinstance(dataset, DistributedDatasetsFromFunction):
+        # One element a replica; of other datasets an element is a global batch.
         return math.ceil(most / local_replica_count(strategy))
     return most
