@@ -59,7 +59,8 @@ def _constructor(original: Callable[..., None]) -> Callable[..., None]:
         iterator._distributed_dataset = distributed(strategy, dataset)
         if is_multi_worker(strategy) and not iterator.steps_per_epoch:
             iterator.data_adapter = _WithBatches(
-                iterator.data_adapter, _agreed_batches(iterator, strategy)
+                iterator.data_adapter,
+                _agreed_batches(strategy, dataset, iterator.data_adapter.num_batches),
             )
             iterator._num_batches = iterator.data_adapter.num_batches
         return None
@@ -137,7 +138,7 @@ def _check_files(strategy: Any, part: Any) -> None:
         )
 
 
-def _agreed_batches(iterator: Any, strategy: Any) -> int | None:
+def _agreed_batches(strategy: Any, dataset: Any, own: int | None) -> int | None:
     """Steps of an epoch: as many as the worker with the most data needs.
 
     The others join with empty parts. None where a worker cannot tell beforehand.
@@ -145,9 +146,7 @@ def _agreed_batches(iterator: Any, strategy: Any) -> int | None:
     Raises:
         InputError: a worker has no data, or DATA was given different datasets.
     """
-    dataset = iterator.data_adapter.get_tf_dataset()
     policy = policy_of(dataset)
-    own = iterator.data_adapter.num_batches
     every = exchange(strategy, "the start of the data", own)
     if policy == Policy.DATA and len(set(every)) > 1:
         raise InputError(

@@ -7,6 +7,7 @@ The batch of `train_on_batch` and `test_on_batch` is given to every replica as a
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -58,6 +59,7 @@ def refuse_xla(model: Any) -> None:
 
 
 def _compiler(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
     def compile(model: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: A001 - Keras's name
         result = original(model, *args, **kwargs)
         refuse_xla(model)
