@@ -233,9 +233,12 @@ class Board:
     def lost(self, cause: Exception) -> WorkerError:
         """The error of a board that cannot be reached."""
         chief = self.workers[0]
+        alive = self.is_alive(chief)
+        state = "its server answers" if alive else "it is gone: its server does not answer"
         error: WorkerError = WorkerError(
             f"Coordinating {len(self.workers)} workers requires the coordination service of "
-            f"{chief}. Received: {type(cause).__name__}: {str(cause)[:300]}. This is {self.own}, "
+            f"{chief}. Received: {state}: {type(cause).__name__}: {str(cause)[:300]}. "
+            f"This is {self.own}, "
             f"at {progress.words()}. Restart the workers."
         )
         return error
