@@ -8,10 +8,8 @@ same layer with the activation behind it; groups against one group of all.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 # Before TensorFlow: it sets the environment.
@@ -22,7 +20,7 @@ import numpy as np
 import tensorflow as tf
 
 import syncbn
-from machine import write
+from machine import options, write
 from syncbn._backends.tensorflow.replicas import mirrored_strategy
 
 SHAPES = ((16, 56, 56, 64), (64, 50, 128))
@@ -82,10 +80,7 @@ def measure(shape: tuple[int, ...], rounds: int) -> dict[str, dict[str, dict[str
 
 def main() -> int:
     """Measure every shape, print a table, write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--output", type=Path, help="write the figures here as JSON")
-    arguments = parser.parse_args()
+    arguments = options(__doc__, rounds=30).parse_args()
     results = []
     for shape in SHAPES:
         figures = measure(shape, arguments.rounds)
@@ -93,14 +88,13 @@ def main() -> int:
         print(f"{list(shape)} × {REPLICAS} replicas")
         for comparison in figures.values():
             show(comparison, next(iter(comparison)))
-    if arguments.output:
-        write(
-            arguments.output,
-            what="forward and backward of one layer, float32",
-            replicas=REPLICAS,
-            rounds=arguments.rounds,
-            results=results,
-        )
+    write(
+        arguments.output,
+        what="forward and backward of one layer, float32",
+        replicas=REPLICAS,
+        rounds=arguments.rounds,
+        results=results,
+    )
     return 0
 
 

@@ -8,13 +8,11 @@ a figure is the median of the ratios of one round, with the quartiles as its spr
 
 from __future__ import annotations
 
-import argparse
 import os
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -25,7 +23,7 @@ import numpy as np
 import tensorflow as tf
 
 import syncbn
-from machine import write
+from machine import options, write
 from syncbn._backends.tensorflow.replicas import mirrored_strategy
 
 SHAPES = ((16, 56, 56, 64), (16, 14, 14, 256), (64, 128), (1024, 512))
@@ -153,10 +151,8 @@ def show(figures: dict[str, dict[str, float]], baseline: str) -> None:
 
 def main() -> int:
     """Measure every shape, print a table, write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = options(__doc__, rounds=40)
     parser.add_argument("--replicas", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--output", type=Path, help="write the figures here as JSON")
     arguments = parser.parse_args()
     results = []
     for shape in SHAPES:
@@ -164,14 +160,13 @@ def main() -> int:
         results.append({"shape_per_replica": shape, "variants": figures})
         print(f"{list(shape)} × {arguments.replicas} replicas")
         show(figures, BASELINE)
-    if arguments.output:
-        write(
-            arguments.output,
-            what="forward and backward of one layer, float32",
-            replicas=arguments.replicas,
-            rounds=arguments.rounds,
-            results=results,
-        )
+    write(
+        arguments.output,
+        what="forward and backward of one layer, float32",
+        replicas=arguments.replicas,
+        rounds=arguments.rounds,
+        results=results,
+    )
     return 0
 
 

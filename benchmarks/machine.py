@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -9,11 +10,24 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-__all__ = ["describe", "write"]
+__all__ = ["describe", "options", "write"]
 
 
-def write(path: Path, **document: Any) -> None:
-    """Write figures as JSON, with the machine and the versions that they were measured on."""
+def options(doc: str | None, rounds: int) -> argparse.ArgumentParser:
+    """What every benchmark takes: how many rounds, and where to write the figures."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0] if doc else None)
+    parser.add_argument("--rounds", type=int, default=rounds)
+    parser.add_argument("--output", type=Path, help="write the figures here as JSON")
+    return parser
+
+
+def write(path: Path | None, **document: Any) -> None:
+    """Write figures as JSON, with the machine and the versions that they were measured on.
+
+    Nothing where there is no path.
+    """
+    if path is None:
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps({**document, "machine": describe()}, indent=2)
     path.write_text(text + "\n", encoding="utf-8")

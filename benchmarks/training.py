@@ -8,11 +8,9 @@ loss to Python, as a progress bar does.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 # Before TensorFlow: it sets the environment.
@@ -23,7 +21,7 @@ import numpy as np
 import tensorflow as tf
 
 import syncbn
-from machine import write
+from machine import options, write
 from syncbn._backends.tensorflow.replicas import mirrored_strategy
 
 REPLICAS = 2
@@ -92,10 +90,7 @@ def make_step(make_model: Callable[[], keras.Model], repaired: bool, **of_adam: 
 
 def main() -> int:
     """Measure every model, print a table, write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--rounds", type=int, default=200)
-    parser.add_argument("--output", type=Path, help="write the figures here as JSON")
-    arguments = parser.parse_args()
+    arguments = options(__doc__, rounds=200).parse_args()
     results = []
     for name, (make_model, of_adam) in MODELS.items():
         steps = {
@@ -106,14 +101,13 @@ def main() -> int:
         results.append({"model": name, "variants": figures})
         print(f"{name}, batch {BATCH} × {REPLICAS} replicas")
         show(figures, BASELINE)
-    if arguments.output:
-        write(
-            arguments.output,
-            what="a step of fit, MirroredStrategy, float32",
-            replicas=REPLICAS,
-            rounds=arguments.rounds,
-            results=results,
-        )
+    write(
+        arguments.output,
+        what="a step of fit, MirroredStrategy, float32",
+        replicas=REPLICAS,
+        rounds=arguments.rounds,
+        results=results,
+    )
     return 0
 
 

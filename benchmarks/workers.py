@@ -19,6 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from machine import options, write
+
 WORKERS = 2
 LAYERS = 20
 SHAPE = (7, 7, 256)
@@ -118,30 +120,26 @@ def measure(rounds: int, timeout: float) -> dict[str, dict[str, float]]:
 
 def main() -> int:
     """Measure, print a table, write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--rounds", type=int, default=60)
+    parser = options(__doc__, rounds=60)
     parser.add_argument("--timeout", type=float, default=600, help="seconds")
-    parser.add_argument("--output", type=Path, help="write the figures here as JSON")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
         work(arguments.rounds, arguments.worker)
     figures = measure(arguments.rounds, arguments.timeout)
     from layer import show
-    from machine import write
 
     print(f"{LAYERS} layers of {[BATCH, *SHAPE]} × {WORKERS} workers")
     show(figures, BASELINE)
-    if arguments.output:
-        write(
-            arguments.output,
-            what="a step of fit, MultiWorkerMirroredStrategy, float32",
-            layers=LAYERS,
-            shape_per_replica=[BATCH, *SHAPE],
-            workers=WORKERS,
-            rounds=arguments.rounds,
-            variants=figures,
-        )
+    write(
+        arguments.output,
+        what="a step of fit, MultiWorkerMirroredStrategy, float32",
+        layers=LAYERS,
+        shape_per_replica=[BATCH, *SHAPE],
+        workers=WORKERS,
+        rounds=arguments.rounds,
+        variants=figures,
+    )
     return 0
 
 

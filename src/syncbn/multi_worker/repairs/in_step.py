@@ -22,9 +22,9 @@ from tensorflow.python.distribute.values import SyncOnReadVariable
 from syncbn.errors import WorkerError
 from syncbn.multi_worker import watch
 from syncbn.multi_worker.board import Board, board_of
+from syncbn.multi_worker.operations import OPERATIONS
 from syncbn.multi_worker.progress import callback_in, progress
 from syncbn.multi_worker.repair import Patch, source_probe
-from syncbn.multi_worker.repairs.named_timeouts import OPERATIONS
 
 __all__ = ["is_needed", "patches"]
 

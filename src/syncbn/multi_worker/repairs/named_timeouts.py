@@ -19,19 +19,12 @@ from tensorflow.python.ops import collective_ops
 from syncbn.errors import WorkerError
 from syncbn.multi_worker import watch
 from syncbn.multi_worker.board import Board, Worker, board_of
+from syncbn.multi_worker.operations import OPERATIONS
 from syncbn.multi_worker.progress import progress
 from syncbn.multi_worker.repair import Patch, source_probe
 
-__all__ = ["OPERATIONS", "is_needed", "patches"]
+__all__ = ["is_needed", "patches"]
 
-OPERATIONS = (
-    "fit",
-    "evaluate",
-    "predict",
-    "train_on_batch",
-    "test_on_batch",
-    "predict_on_batch",
-)
 ERRORS = (
     tf.errors.AbortedError,
     tf.errors.CancelledError,

@@ -14,12 +14,11 @@ import tensorflow as tf
 from keras.src.backend.tensorflow.trainer import TensorFlowTrainer
 
 from syncbn.errors import InputError
+from syncbn.multi_worker.operations import OPERATIONS
 from syncbn.multi_worker.repair import Patch, source_probe
 from syncbn.multi_worker.replicas import replica_count
 
 __all__ = ["is_needed", "patches"]
-
-_METHODS = ("fit", "evaluate", "predict", "train_on_batch", "test_on_batch", "predict_on_batch")
 
 
 def is_needed() -> bool:
@@ -32,7 +31,7 @@ def is_needed() -> bool:
 
 def patches() -> list[Patch]:
     """Everything that trains, evaluates or predicts."""
-    return [Patch(TensorFlowTrainer, method, _checking(method)) for method in _METHODS]
+    return [Patch(TensorFlowTrainer, method, _checking(method)) for method in OPERATIONS]
 
 
 def _checking(method: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
