@@ -32,7 +32,7 @@ class ProgressView:
     def __init__(self, stop_requested: Callable[[], bool]) -> None:
         self.stop_requested = stop_requested
         self._progress = Progress(
-            TextColumn("{task.description:12}"),
+            TextColumn("{task.description:17}"),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("steps  loss {task.fields[loss]:.4f}"),
@@ -74,11 +74,11 @@ def print_table(
     )
     # Eighty columns hold these; the others are in the files.
     table.add_column("run", no_wrap=True)
-    for heading in ("loss", "test loss", "test accuracy"):
+    for heading in ("loss", "test\nloss", "test\naccuracy"):
         table.add_column(heading, justify="right", no_wrap=True)
     if compared:
         table.add_column("Δ weights", justify="right", no_wrap=True)
-        table.add_column("Δ moving stats", justify="right", no_wrap=True)
+        table.add_column("Δ moving\nstats", justify="right", no_wrap=True)
     for row in rows:
         cells = [
             row.run,

@@ -6,15 +6,14 @@ import csv
 import dataclasses
 import json
 import math
-import os
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from syncbn.errors import InputError
 from syncbn.training.comparison import REFERENCE, Row, differences
+from syncbn.training.files import written_whole
 from syncbn.training.job import Run
 from syncbn.training.settings import TrainSettings
 
@@ -70,31 +69,10 @@ def write(
     paths = []
     for name, write_file in zip(FILES, writers, strict=True):
         path = folder / name
-        with _written_whole(path) as temporary:
+        with written_whole(path) as temporary:
             write_file(temporary)
         paths.append(path)
     return paths
-
-
-@contextmanager
-def _written_whole(path: Path) -> Iterator[Path]:
-    """A path to write to, which becomes `path` at the end, or nothing if that is not reached."""
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=path.suffix)
-    os.close(descriptor)
-    temporary = Path(name)
-    try:
-        yield temporary
-        # mkstemp allows the owner alone; results get the mode of any new file.
-        temporary.chmod(0o666 & ~_umask())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _write_history(path: Path, runs: list[Run]) -> None:

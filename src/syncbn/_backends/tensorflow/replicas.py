@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from syncbn.errors import InputError
 
-__all__ = ["make_virtual_devices", "mirrored_strategy", "one_device_strategy"]
+__all__ = ["make_virtual_devices", "mirrored_strategy", "one_device_strategy", "workers_strategy"]
 
 # Groups of collectives are numbered upwards from a strategy's base; TensorFlow's own tests keep
 # strategies of one process apart by bases this far from each other.
@@ -67,3 +67,15 @@ def mirrored_strategy(replicas: int) -> Any:
 def one_device_strategy() -> Any:
     """TensorFlow's default strategy: one replica, no distribution."""
     return tf.distribute.get_strategy()
+
+
+@functools.cache
+def workers_strategy() -> Any:
+    """The MultiWorkerMirroredStrategy of TF_CONFIG with one device a worker; one a process."""
+    resolver = tf.distribute.cluster_resolver.TFConfigClusterResolver()
+    accelerators = tf.config.list_physical_devices("GPU")
+    # Workers of one machine see all of its accelerators, and would each take them all.
+    enough = len(accelerators) >= resolver.cluster_spec().num_tasks("worker")
+    own = accelerators[resolver.task_id :][:1] if enough else []
+    tf.config.set_visible_devices(own, "GPU")
+    return tf.distribute.MultiWorkerMirroredStrategy(cluster_resolver=resolver)
