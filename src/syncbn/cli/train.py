@@ -242,7 +242,8 @@ def _train_by_workers(runs: list[Run], settings: TrainSettings, flag: _Flag) -> 
     from syncbn.cli import EXIT_INTERRUPTED
     from syncbn.training import workers
 
-    command = [sys.executable, "-m", "syncbn.cli.train_worker"]
+    # -P: a file of the user's folder is not a module of ours.
+    command = [sys.executable, "-P", "-m", "syncbn.cli.train_worker"]
     with flag.lowered():
         if flag.raised:
             return EXIT_INTERRUPTED
@@ -250,8 +251,8 @@ def _train_by_workers(runs: list[Run], settings: TrainSettings, flag: _Flag) -> 
     if code not in {0, EXIT_INTERRUPTED}:
         print(
             f"syncbn: error: training on {settings.workers} workers requires that all of them end "
-            f"well. Received: exit code {code} of one of them, which says why above. Nothing was "
-            "written.",
+            f"well. Received: exit code {code}, for the reason above. Nothing was written: remove "
+            "the cause and train again.",
             file=sys.stderr,
         )
     return code

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 __all__ = ["ProgressView", "print_table"]
 
+_SHORT = 10
+
 
 class ProgressView:
     """A bar for each run, on stderr; an observer of the job."""
@@ -67,18 +69,20 @@ def print_table(
     """The table on stdout, what it says in a sentence, and where the files are."""
     console = Console()
     compared = any(row.difference for row in rows)
+    # Eighty columns hold the headings in one line where the names of the runs are short.
+    gap = "\n" if max(len(row.run) for row in rows) > _SHORT else " "
     table = Table(
-        title=f"{settings.model} on {dataset.name}, {len(dataset.x_train)} training images, "
+        title=f"{settings.model} on {dataset.name}, {len(dataset.x_train)} training images,{gap}"
         f"{settings.precision}, "
         f"global batch {settings.batch_size}, {rows[0].epochs} epochs"
     )
-    # Eighty columns hold these; the others are in the files.
+    # The others are in the files.
     table.add_column("run", no_wrap=True)
-    for heading in ("loss", "test\nloss", "test\naccuracy"):
+    for heading in ("loss", f"test{gap}loss", f"test{gap}accuracy"):
         table.add_column(heading, justify="right", no_wrap=True)
     if compared:
         table.add_column("Δ weights", justify="right", no_wrap=True)
-        table.add_column("Δ moving\nstats", justify="right", no_wrap=True)
+        table.add_column(f"Δ moving{gap}stats", justify="right", no_wrap=True)
     for row in rows:
         cells = [
             row.run,

@@ -126,13 +126,17 @@ def _draw_curves(path: Path, runs: list[Run], moving: list[bool]) -> None:
             "linestyle": "-" if index == 0 else (0, (4, 1 + index)),
             "linewidth": 6.0 / (1 + index),
         }
+        # A line of one point is not seen.
+        style["marker"] = "o" if len(run.epochs) == 1 else ""
         epochs = [epoch.number for epoch in run.epochs]
         axes[0].plot(epochs, [epoch.test.loss for epoch in run.epochs], **style)
         axes[1].plot(epochs, [epoch.test.accuracy for epoch in run.epochs], **style)
         if run in compared and reference is not None:
             gaps = [gap.weights for gap in differences(run, reference, moving)]
             # A logarithmic axis cannot show an exact 0.
-            axes[2].plot(epochs[: len(gaps)], [gap or 1e-17 for gap in gaps], marker="o", **style)
+            axes[2].plot(
+                epochs[: len(gaps)], [gap or 1e-17 for gap in gaps], **{**style, "marker": "o"}
+            )
     axes[0].set(title="Test loss", ylabel="cross-entropy (nats)")
     axes[1].set(title="Test accuracy", ylabel="share of right answers")
     if compared:
@@ -140,7 +144,7 @@ def _draw_curves(path: Path, runs: list[Run], moving: list[bool]) -> None:
     for panel in axes:
         panel.set_xlabel("epoch")
         panel.grid(alpha=0.3)
-        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         panel.legend()
     figure.savefig(path, dpi=120)
 

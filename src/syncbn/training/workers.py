@@ -44,7 +44,9 @@ def train_by_workers(runs: list[Run], settings: TrainSettings, command: Sequence
         folder = Path(name)
         text = json.dumps(dataclasses.asdict(settings))
         (folder / _SETTINGS).write_text(text, encoding="utf-8")
-        code = launch([*command, name], LaunchSettings(workers=settings.workers))
+        # One device each: a run has as many replicas as workers, whatever the machine has.
+        shape = LaunchSettings(workers=settings.workers, devices_per_worker=1)
+        code = launch([*command, name], shape)
         for number, run in enumerate(runs):
             while (path := _epoch_path(folder, number, len(run.epochs) + 1)).exists():
                 run.epochs.append(_read_epoch(path))

@@ -71,11 +71,5 @@ def one_device_strategy() -> Any:
 
 @functools.cache
 def workers_strategy() -> Any:
-    """The MultiWorkerMirroredStrategy of TF_CONFIG with one device a worker; one a process."""
-    resolver = tf.distribute.cluster_resolver.TFConfigClusterResolver()
-    accelerators = tf.config.list_physical_devices("GPU")
-    # Workers of one machine see all of its accelerators, and would each take them all.
-    enough = len(accelerators) >= resolver.cluster_spec().num_tasks("worker")
-    own = accelerators[resolver.task_id :][:1] if enough else []
-    tf.config.set_visible_devices(own, "GPU")
-    return tf.distribute.MultiWorkerMirroredStrategy(cluster_resolver=resolver)
+    """The MultiWorkerMirroredStrategy of TF_CONFIG, over what this process sees; one a process."""
+    return tf.distribute.MultiWorkerMirroredStrategy()
