@@ -23,7 +23,7 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: list[str] | None = None) -> int:
     """Run `syncbn` with these arguments, by default the process's, and return the exit code."""
-    from syncbn.cli import train
+    from syncbn.cli import launch, train
 
     parser = _Parser(
         prog="syncbn",
@@ -33,6 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"syncbn {syncbn.__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     train.add_parser(commands)
+    launch.add_parser(commands)
     parsed = parser.parse_args(arguments)
     try:
         return int(parsed.run(parsed))

@@ -8,15 +8,15 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["without_start_notices"]
+from syncbn.launch.output import TENSORFLOW_NOTICES
 
-# What TensorFlow writes while it is imported, before any of its log levels applies.
-_NOTICES = (b"I0000 ", b"WARNING: All log messages before absl::InitializeLog()")
+__all__ = ["without_start_notices"]
 
 
 @contextmanager
 def without_start_notices() -> Iterator[None]:
     """Hold back stderr, also that of C++ code, then print all of it but those notices."""
+    notices = tuple(notice.encode() for notice in TENSORFLOW_NOTICES)
     sys.stderr.flush()
     original = os.dup(2)
     with tempfile.TemporaryFile() as held:
@@ -29,5 +29,5 @@ def without_start_notices() -> Iterator[None]:
             os.close(original)
             held.seek(0)
             for line in held:
-                if not line.startswith(_NOTICES):
+                if not line.startswith(notices):
                     os.write(2, line)

@@ -1,0 +1,156 @@
+"""What of the workers' output is shown, and how.
+
+Every line has its worker's number before it. Progress bars, which rewrite a line, are shown of
+worker 0 alone: as they move on a terminal, as their last state elsewhere. The others' are left out
+here and, as last states, stand in the log files.
+"""
+
+from __future__ import annotations
+
+import codecs
+import os
+import re
+import time
+from collections import deque
+from typing import TextIO
+
+__all__ = ["TENSORFLOW_NOTICES", "Lines", "Log", "Screen", "is_progress", "prefix", "settled"]
+
+# What TensorFlow writes of its own build while it is imported, before any log level applies.
+TENSORFLOW_NOTICES = ("I0000 ", "WARNING: All log messages before absl::InitializeLog()")
+LAST_LINES = 20
+# A bar that is never ended by a new line must not grow for ever.
+_LONGEST = 1 << 16
+_HEADING = re.compile(r"Epoch \d+/\d+")  # what Keras writes above a bar
+
+
+def prefix(worker: int) -> str:
+    """What stands before the lines of a worker."""
+    return f"[{worker}] "
+
+
+def settled(line: str) -> str:
+    """What is left to see of a line after its rewriting: the last state of a bar."""
+    states = [state for state in re.split(r"[\r\b]+", line) if state.strip()]
+    return states[-1] if states else ""
+
+
+def is_progress(line: str) -> bool:
+    """Whether the line is a progress bar, or the heading of Keras's."""
+    body = line.rstrip("\r")
+    return "\r" in body or "\b" in body or _HEADING.fullmatch(body) is not None
+
+
+class Lines:
+    """The lines in a stream of bytes, as they come."""
+
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self.rest = ""
+
+    def decode(self, data: bytes) -> str:
+        """The text of these bytes; a character may come in two pieces."""
+        return self._decoder.decode(data)
+
+    def feed(self, text: str) -> list[str]:
+        """The lines that this text ends, without their ends."""
+        *lines, self.rest = (self.rest + text).split("\n")
+        if len(self.rest) > _LONGEST:
+            before, mark, last = self.rest.rpartition("\r")
+            if mark:
+                self.rest = f"\r{last}"  # an older state of a bar is not needed again
+            else:
+                lines.append(before + last)
+                self.rest = ""
+        return lines
+
+    def end(self) -> list[str]:
+        """What stands after the last line's end, when no more comes."""
+        rest, self.rest = self.rest + self._decoder.decode(b"", final=True), ""
+        return [rest] if rest else []
+
+
+class Log:
+    """The last lines of one worker and, if wanted, all of them in a file."""
+
+    def __init__(self, file: TextIO | None) -> None:
+        self.last: deque[str] = deque(maxlen=LAST_LINES)
+        self.file = file
+
+    def begin(self, heading: str) -> None:
+        """A new process of this worker; what the one before wrote last is its own."""
+        self.last.clear()
+        if self.file is not None:
+            self.file.write(f"=== {time.strftime('%Y-%m-%d %H:%M:%S')} {heading}\n")
+
+    def add(self, line: str) -> None:
+        """Keep a line."""
+        text = settled(line)
+        if text or not line:
+            self.last.append(text)
+            if self.file is not None:
+                self.file.write(f"{text}\n")
+                self.file.flush()
+
+
+class Screen:
+    """Standard output and standard error of the launcher, shared by all workers.
+
+    `hidden`: how lines begin that are left out; the log files have them.
+
+    The chief's streams that are terminals here are terminals for it, and are passed on as they
+    come. A line of another worker that comes while the chief's bar stands there takes its place,
+    and the bar is drawn again below.
+    """
+
+    def __init__(self, hidden: tuple[str, ...] = ()) -> None:
+        self.only_chief = False
+        self._hidden = hidden
+        self._bar = ""  # what stands in the terminal's last line
+        self._lost: set[int] = set()
+
+    def line(self, channel: int, worker: int, line: str) -> None:
+        """A whole line of a worker; channel 1 is standard output, 2 standard error."""
+        if worker > 0 and (self.only_chief or is_progress(line)):
+            return
+        if not line.startswith(self._hidden or "\n"):
+            self._write(channel, f"{prefix(worker)}{settled(line)}\n")
+
+    def live(self, channel: int, worker: int, text: str) -> None:
+        """A piece of what a worker writes to its terminal."""
+        pieces = text.split("\n")
+        for number, piece in enumerate(pieces):
+            if piece and not self._bar:
+                piece = prefix(worker) + piece
+            ended = number < len(pieces) - 1
+            self._raw(channel, piece + ("\n" if ended else ""))
+            self._bar = "" if ended else (self._bar + piece).rpartition("\r")[2][-_LONGEST:]
+
+    def note(self, text: str) -> None:
+        """A line of the launcher's own, on standard error."""
+        self._write(2, f"syncbn launch: {text}\n")
+
+    def plain(self, text: str) -> None:
+        """A line that belongs to a note."""
+        self._write(2, f"{text}\n")
+
+    def close(self) -> None:
+        """Leave the terminal at the start of a line."""
+        if self._bar:
+            self._raw(2, "\n")
+            self._bar = ""
+
+    def _write(self, channel: int, text: str) -> None:
+        if self._bar and os.isatty(channel):
+            self._raw(channel, f"\r\x1b[K{text}{self._bar}")
+        else:
+            self._raw(channel, text)
+
+    def _raw(self, channel: int, text: str) -> None:
+        """Whoever read this may have gone: that is no reason to end a training."""
+        data = text.encode("utf-8", "replace")
+        while data and channel not in self._lost:
+            try:
+                data = data[os.write(channel, data) :]
+            except OSError:
+                self._lost.add(channel)

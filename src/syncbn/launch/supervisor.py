@@ -1,0 +1,272 @@
+"""The process above the workers: `python -m syncbn.launch`, started by `launch()`.
+
+It is a process of its own because entering a network needs one with a single thread, and because
+each of the two outlives the other's being killed: the workers are its children and die with it, and
+it ends them when the standard input that `launch()` holds open is closed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shlex
+import socket
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from syncbn.errors import InputError
+from syncbn.launch import isolation, resources
+from syncbn.launch.group import Control, Group, Outcome
+from syncbn.launch.output import TENSORFLOW_NOTICES, Log, Screen
+from syncbn.launch.reaping import with_mark
+from syncbn.launch.settings import LaunchSettings
+from syncbn.launch.spec import ClusterSpec, parse_hosts
+from syncbn.launch.worker import Worker
+
+__all__ = ["Order", "main", "receive"]
+
+EXIT_BAD_INPUT = 2
+LOG_LEVEL = "TF_CPP_MIN_LOG_LEVEL"
+WARNING = (
+    "warning: TensorFlow's worker servers listen on all interfaces without authentication: "
+    "whoever reaches their ports can run code here. Train on a trusted network, behind a firewall"
+)
+
+
+class Order(NamedTuple):
+    """What `launch()` hands over, as JSON."""
+
+    command: Sequence[str]
+    settings: LaunchSettings
+    mark: str
+
+    def to_json(self) -> str:
+        """One line."""
+        return json.dumps([list(self.command), self.settings.__dict__, self.mark])
+
+
+def receive(descriptor: int) -> Order:
+    """Read the order; the descriptor stays open after it."""
+    text = b""
+    while not text.endswith(b"\n"):
+        data = os.read(descriptor, 1 << 16)
+        if not data:
+            raise SystemExit(EXIT_BAD_INPUT)  # who called is no more
+        text += data
+    command, settings, mark = json.loads(text)
+    return Order(command, LaunchSettings(**settings), mark)
+
+
+def main() -> int:
+    """Run what `launch()` ordered; the exit code is the launcher's."""
+    control = Control(0)
+    order = receive(0)
+    # Whoever sets TensorFlow's log level wants to see it.
+    screen = Screen(() if LOG_LEVEL in os.environ else TENSORFLOW_NOTICES)
+    try:
+        reason = _isolate(order.settings)
+        return _Supervisor(order, control, screen, reason).run()
+    except InputError as error:
+        print(f"syncbn: error: {error}", file=sys.stderr)  # noqa: T201 - this is a command
+        return EXIT_BAD_INPUT
+
+
+def _isolate(settings: LaunchSettings) -> str | None:
+    """Enter a network of our own, if that is wanted and possible; None, or why it was not done.
+
+    Raises:
+        InputError: it was asked for and cannot be done.
+    """
+    if settings.hosts is not None:
+        return "--hosts names other machines"
+    if settings.isolate is False:
+        return "--no-isolate"
+    reason = isolation.why_not()
+    if reason is None:
+        isolation.enter()
+    elif settings.isolate:
+        raise InputError(
+            "--isolate requires network namespaces for this user. "
+            f"Received: {reason}. Allow user namespaces, or leave --isolate out on a trusted "
+            "network."
+        )
+    return reason
+
+
+class _Supervisor:
+    """Starts one group after another until one ends well, or no restart is left."""
+
+    def __init__(
+        self, order: Order, control: Control, screen: Screen, not_isolated: str | None
+    ) -> None:
+        self._order = order
+        self._settings = order.settings
+        self._control = control
+        self._screen = screen
+        self._not_isolated = not_isolated
+        self._framework = self._settings.backend or resources.backend(os.environ)
+        self._machine = self._settings.index or 0
+        self._cores = resources.available_cores()
+
+    def run(self) -> int:
+        """The exit code of the last group."""
+        with contextlib.ExitStack() as files:
+            logs = self._open_logs(files)
+            for restarts in range(self._settings.max_restarts + 1):
+                outcome = self._run_group(restarts, logs)
+                self._report(outcome)
+                left = self._settings.max_restarts - restarts
+                if not outcome.may_restart or self._control.asked or not left:
+                    break
+                self._screen.note(
+                    f"restarting all workers ({restarts + 1} of {self._settings.max_restarts})"
+                )
+                if self._settings.hosts:
+                    time.sleep(1)  # the ports are the same, and the other machines' workers end too
+        return outcome.code
+
+    def _run_group(self, restarts: int, logs: Mapping[int, Log]) -> Outcome:
+        spec = self._spec()
+        if restarts == 0:
+            self._announce(spec)
+        settings = self._settings
+        workers: list[Worker] = []
+        try:
+            for index in spec.local_workers(self._machine):
+                logs[index].begin(f"{spec.name(index)}, start {restarts + 1}")
+                workers.append(
+                    Worker(
+                        index,
+                        spec.name(index),
+                        self._order.command,
+                        self._environment(spec, index, restarts),
+                        logs[index],
+                        # A bar moves on a terminal alone, and there is one terminal.
+                        frozenset(c for c in (1, 2) if index == 0 and os.isatty(c)),
+                    )
+                )
+        except OSError as error:
+            for worker in workers:
+                worker.reap()
+            raise InputError(
+                f"Starting a worker requires a program. Received: {shlex.join(self._order.command)}"
+                f": {error.strerror or error}. Check the program, and the limits of processes."
+            ) from error
+        group = Group(
+            spec,
+            workers,
+            self._screen,
+            self._control,
+            self._order.mark,
+            settings.timeout,
+            settings.grace,
+        )
+        return group.run()
+
+    def _spec(self) -> ClusterSpec:
+        """The cluster; on one machine at new ports for every group."""
+        settings = self._settings
+        if settings.hosts is not None:
+            hosts = parse_hosts(settings.hosts, settings.workers)
+            return ClusterSpec.on_hosts(hosts, settings.workers)
+        return ClusterSpec.on_this_machine(free_ports(settings.workers + 1))
+
+    def _environment(self, spec: ClusterSpec, index: int, restarts: int) -> dict[str, str]:
+        """What a worker gets; what is the user's to choose gives way to what the user has set."""
+        settings = self._settings
+        defaults = {
+            "PYTHONUNBUFFERED": "1",  # lines must come as they are written, and before a SIGKILL
+            LOG_LEVEL: "1",  # TensorFlow's notices, once for every worker
+            **resources.thread_environment(settings.workers, self._cores),
+        }
+        if self._not_isolated is None:
+            # Both look for an interface by the machine's name, which nobody resolves in there.
+            defaults |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
+        given = {
+            **spec.environment(index),
+            **resources.device_environment(
+                index % spec.local_size,
+                spec.local_size,
+                settings.devices_per_worker,
+                resources.visible_gpus(os.environ),
+                self._framework,
+            ),
+            "SYNCBN_TIMEOUT": str(settings.timeout),
+            "SYNCBN_RESTARTS": str(restarts),
+        }
+        if settings.backend is not None:
+            given["KERAS_BACKEND"] = settings.backend
+        return with_mark({**defaults, **os.environ, **given}, self._order.mark)
+
+    def _announce(self, spec: ClusterSpec) -> None:
+        threads = max(1, self._cores // self._settings.workers)
+        local = ", ".join(spec.addresses[index] for index in spec.local_workers(self._machine))
+        where = "in a network of their own (--no-isolate for downloads and the like)"
+        self._screen.note(
+            f"{len(spec.local_workers(self._machine))} of {len(spec)} workers here, {threads} "
+            f"thread(s) each, at {local}{'' if self._not_isolated else f', {where}'}"
+        )
+        if self._not_isolated:
+            self._screen.note(f"{WARNING}. Not isolated: {self._not_isolated}")
+
+    def _open_logs(self, files: contextlib.ExitStack) -> Mapping[int, Log]:
+        """A log for each worker of this machine, in files if they are wanted.
+
+        Raises:
+            InputError: the folder cannot be written to.
+        """
+        first = self._machine * self._settings.workers
+        indices = range(first, first + self._settings.workers)
+        if self._settings.log_dir is None:
+            return {index: Log(None) for index in indices}
+        folder = Path(self._settings.log_dir)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            return {
+                index: Log(
+                    files.enter_context(
+                        (folder / f"worker-{index}.log").open("a", encoding="utf-8")
+                    )
+                )
+                for index in indices
+            }
+        except OSError as error:
+            raise InputError(
+                "--log-dir requires a folder that can be written to. Received: "
+                f"{str(folder)!r} ({error.strerror or error}). Give another folder."
+            ) from error
+
+    def _report(self, outcome: Outcome) -> None:
+        for line in outcome.report:
+            self._screen.note(line)
+        if outcome.last_lines:
+            self._screen.note("its last lines:")
+            for line in outcome.last_lines:
+                self._screen.plain(f"    {line}")
+        if self._not_isolated is None and any(map(_speaks_of_network, outcome.last_lines)):
+            self._screen.note("the workers had a network of their own alone: see --no-isolate")
+        if outcome.report and self._settings.log_dir:
+            self._screen.note(f"the whole output of each worker is in {self._settings.log_dir}")
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens at on any interface, all different."""
+    with contextlib.ExitStack() as sockets:
+        taken = [sockets.enter_context(socket.socket()) for _ in range(count)]
+        for one in taken:
+            one.bind(("", 0))
+        return [one.getsockname()[1] for one in taken]
+
+
+def _speaks_of_network(line: str) -> bool:
+    words = (
+        "name resolution",
+        "Name or service not known",
+        "unreachable",
+        "getaddrinfo",
+    )
+    return any(word in line for word in words)
