@@ -13,7 +13,7 @@ from typing import NoReturn
 
 from syncbn.cli import EXIT_BAD_INPUT
 from syncbn.cli.train import start_tensorflow
-from syncbn.errors import InputError
+from syncbn.errors import InputError, WorkerError
 
 __all__ = ["main"]
 
@@ -44,6 +44,9 @@ def main(folder: Path) -> NoReturn:
     except InputError as error:
         print(f"syncbn: error: {error}", file=sys.stderr)
         code = EXIT_BAD_INPUT
+    except WorkerError as error:
+        print(f"syncbn: error: {error}", file=sys.stderr)
+        code = EXIT_FAILED
     except BaseException:  # noqa: BLE001 - whatever it is, it is shown and is the end
         traceback.print_exc()
         code = EXIT_FAILED

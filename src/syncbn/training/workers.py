@@ -50,6 +50,12 @@ def train_by_workers(runs: list[Run], settings: TrainSettings, command: Sequence
         for number, run in enumerate(runs):
             while (path := _epoch_path(folder, number, len(run.epochs) + 1)).exists():
                 run.epochs.append(_read_epoch(path))
+    left = sum(settings.epochs - len(run.epochs) for run in runs if run.by_workers)
+    if code == 0 and left:
+        raise RuntimeError(
+            f"Workers that end well must have finished every epoch. Received: {left} epoch(s) "
+            "that were not. This is a defect of syncbn: report it."
+        )
     return code
 
 

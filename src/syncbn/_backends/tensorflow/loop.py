@@ -14,6 +14,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from syncbn.errors import WorkerError
+
 __all__ = ["ClassifierLoop", "Score"]
 
 
@@ -65,7 +67,11 @@ class ClassifierLoop:
             yield Batch(x[chosen], y[chosen], batch_size), len(chosen)
 
     def step(self, batch: Batch, size: int) -> tuple[float, float]:
-        """One step of the optimizer; the sums over the batch of losses and of right answers."""
+        """One step of the optimizer; the sums over the batch of losses and of right answers.
+
+        Raises:
+            WorkerError: another worker is gone.
+        """
         if self._step is None:
             # One trace, for any size of every part. By the sizes of the batches it meets,
             # TensorFlow would trace a ragged one with known sizes on some replicas alone, of which
@@ -77,10 +83,14 @@ class ClassifierLoop:
             self._step = tf.function(self._global_step, input_signature=[*arrays, *numbers])
         # Outside of the scope all workers' operations would run on the first one.
         with self._strategy.scope():
-            sums = self._step(
-                tf.constant(batch.x), tf.constant(batch.y), batch.full_size, float(size)
-            )
-            losses, hits = sums.numpy()
+            arguments = tf.constant(batch.x), tf.constant(batch.y), batch.full_size, float(size)
+            try:
+                losses, hits = self._step(*arguments).numpy()
+            except tf.errors.UnavailableError as error:
+                raise WorkerError(
+                    "A step on several workers requires all of them. Received: a collective that "
+                    "another worker has left. See what that one printed last."
+                ) from error
         return float(losses), float(hits)
 
     def _global_step(self, x: Any, y: Any, full_size: Any, size: Any) -> Any:
