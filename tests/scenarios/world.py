@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from syncbn._backends.tensorflow.replicas import make_virtual_devices, mirrored_strategy
+from syncbn.multi_worker.devices import replicas_on_all_devices
 
 __all__ = ["REFERENCE", "WORLDS", "Shape", "World", "make_world"]
 
@@ -104,22 +105,11 @@ def _multi_worker_strategy(local_replicas: int) -> Any:
     """RING collectives: the default would be NCCL where there are GPUs. Timeouts are a repair's."""
     if local_replicas > 1:
         make_virtual_devices(local_replicas)
-        _use_every_local_device(local_replicas)
+        # Kept to the process's end: not undone with the repairs that a scenario leaves out.
+        replicas_on_all_devices(local_replicas).apply()
     experimental = tf.distribute.experimental
     return tf.distribute.MultiWorkerMirroredStrategy(
         communication_options=experimental.CommunicationOptions(
             implementation=experimental.CommunicationImplementation.RING,
         )
     )
-
-
-def _use_every_local_device(count: int) -> None:
-    """TensorFlow gives a worker without accelerators one replica, however many CPU devices."""
-    from tensorflow.python.distribute.collective_all_reduce_strategy import (
-        CollectiveAllReduceExtended,
-    )
-
-    def devices(_: Any, cluster_resolver: Any, worker_device: str) -> tuple[tuple[str, ...], str]:  # noqa: ARG001
-        return tuple(f"{worker_device}/device:CPU:{i}" for i in range(count)), "CPU"
-
-    CollectiveAllReduceExtended._initialize_local_devices = devices

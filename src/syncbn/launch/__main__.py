@@ -1,4 +1,4 @@
-"""`python -m syncbn.launch`: the supervisor, which `launch()` starts; people say `syncbn launch`."""
+"""`python -m syncbn.launch`: the supervisor that `launch()` starts; people use `syncbn launch`."""
 
 import sys
 

@@ -106,6 +106,7 @@ class Screen:
     def __init__(self, hidden: tuple[str, ...] = ()) -> None:
         self.only_chief = False
         self._hidden = hidden
+        self._hiding = False  # whether a line of the terminal that is left out goes on
         self._bar = ""  # what stands in the terminal's last line
         self._lost: set[int] = set()
 
@@ -120,11 +121,14 @@ class Screen:
         """A piece of what a worker writes to its terminal."""
         pieces = text.split("\n")
         for number, piece in enumerate(pieces):
-            if piece and not self._bar:
-                piece = prefix(worker) + piece
-            ended = number < len(pieces) - 1
-            self._raw(channel, piece + ("\n" if ended else ""))
-            self._bar = "" if ended else (self._bar + piece).rpartition("\r")[2][-_LONGEST:]
+            end = "\n" if number < len(pieces) - 1 else ""
+            starts = not self._bar and not self._hiding
+            self._hiding = self._hiding or (starts and piece.startswith(self._hidden or "\n"))
+            if not self._hiding:
+                shown = prefix(worker) + piece if starts and piece else piece
+                self._raw(channel, shown + end)
+                self._bar = "" if end else (self._bar + shown).rpartition("\r")[2][-_LONGEST:]
+            self._hiding = self._hiding and not end
 
     def note(self, text: str) -> None:
         """A line of the launcher's own, on standard error."""

@@ -40,7 +40,11 @@ class MultiWorker:
             return
         wanted = [repair for repair in REPAIRS if repair.name not in self.without]
         needed = [repair for repair in wanted if repair.is_needed()]
+        from syncbn.multi_worker import devices
+
         try:
+            for patch in devices.patches():
+                self._patches.append(patch.apply())
             for repair in needed:
                 for patch in repair.patches():
                     self._patches.append(patch.apply())
