@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import NoReturn
 
 from syncbn.cli import EXIT_BAD_INPUT
-from syncbn.cli.train import start_tensorflow
 from syncbn.errors import InputError, WorkerError
 
 __all__ = ["main"]
@@ -58,6 +57,9 @@ def main(folder: Path) -> NoReturn:
 
 def _train(folder: Path) -> None:
     index = int(json.loads(os.environ["TF_CONFIG"])["task"]["index"])
+    # Only now: a Ctrl-C while they are imported has a handler already.
+    from syncbn.cli.train import start_tensorflow
+
     start_tensorflow()
     from syncbn.cli.train_view import ProgressView
     from syncbn.training import workers
