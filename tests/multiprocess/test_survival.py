@@ -6,10 +6,12 @@ import random
 import numpy as np
 import pytest
 
+from tests.multiprocess.cluster import free_ports
 from tests.multiprocess.launching import Launch
 from tests.multiprocess.workers.survivor import EPOCHS, STEPS
 
 pytestmark = pytest.mark.multiprocess
+SURVIVOR = "tests.multiprocess.workers.survivor"
 BOTH, CHIEF, OTHER = [0, 1], [0], [1]
 
 
@@ -18,7 +20,7 @@ def train(folder, kills, restarts):
     folder.mkdir()
     one = Launch(folder, "", "--workers", "2", "--max-restarts", str(restarts), "--timeout", "60")
     arguments = [str(folder), json.dumps(kills)]
-    one.command[-1:] = ["-m", "tests.multiprocess.workers.survivor", *arguments]
+    one.command[-1:] = ["-m", SURVIVOR, *arguments]
     try:
         result = one.run(60 * (len(kills) + 1))
     finally:
@@ -46,13 +48,31 @@ def assert_same_bits(found, expected):
 
 
 def test_killed_workers_are_resumed_to_the_same_bits(tmp_path, uninterrupted):
-    """The second worker, the chief, both at a time; before the first backup and after it."""
+    """The chief, then both at a time; a worker alone is a check of `syncbn selftest`."""
     rng = random.Random(0)
-    steps = [rng.randrange(epoch * STEPS, (epoch + 1) * STEPS) for epoch in (0, 1, 3)]
-    kills = [*zip(steps, (OTHER, CHIEF, BOTH), strict=True)]
-    found, result = train(tmp_path / "run", kills, 3)
-    assert result.stderr.count("was killed by SIGKILL (exit code 137)") == 3
+    steps = [rng.randrange(epoch * STEPS, (epoch + 1) * STEPS) for epoch in (1, 3)]
+    kills = [*zip(steps, (CHIEF, BOTH), strict=True)]
+    found, result = train(tmp_path / "run", kills, 2)
+    assert result.stderr.count("was killed by SIGKILL (exit code 137)") == 2
     assert_same_bits(found, uninterrupted)
+
+
+@pytest.mark.survival
+def test_workers_of_two_launchers_are_resumed_together(tmp_path, uninterrupted):
+    """As on two machines: each launcher knows only that a worker of its own has ended."""
+    hosts = ",".join(f"127.0.0.1:{port}" for port in free_ports(2))
+    kills = [(STEPS + 2, OTHER), (2 * STEPS + 5, CHIEF)]
+    launches = []
+    for index in (0, 1):
+        options = ("--hosts", hosts, "--index", str(index), "--max-restarts", "4")
+        one = Launch(tmp_path, "", *options, "--timeout", "60")
+        one.command[-1:] = ["-m", SURVIVOR, str(tmp_path), json.dumps(kills)]
+        launches.append(one)
+    processes = [one.start() for one in launches]
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    with np.load(tmp_path / "final.npz") as arrays:
+        assert_same_bits([arrays[name] for name in arrays.files], uninterrupted)
 
 
 @pytest.mark.survival
