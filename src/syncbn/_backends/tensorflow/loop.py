@@ -79,7 +79,7 @@ class ClassifierLoop:
             arrays = [
                 tf.TensorSpec((None, *part.shape[1:]), part.dtype) for part in (batch.x, batch.y)
             ]
-            numbers = [tf.TensorSpec((), tf.int32), tf.TensorSpec((), tf.float32)]
+            numbers = [tf.TensorSpec((), tf.int64), tf.TensorSpec((), tf.float32)]
             self._step = tf.function(self._global_step, input_signature=[*arrays, *numbers])
         # Outside of the scope all workers' operations would run on the first one.
         with self._strategy.scope():
@@ -100,13 +100,13 @@ class ClassifierLoop:
     def _own_part(self, x: Any, y: Any, full_size: Any) -> tuple[Any, Any]:
         """This replica's part of a global batch; of the last one it may be smaller, or empty.
 
-        Whoever has the whole batch cannot be given a wrong part: `experimental_distribute_dataset`
-        gives every worker all of the batches, one after another, unless it is told of shards.
+        `experimental_distribute_dataset` with AutoShardPolicy.OFF would give every worker all parts
+        of every batch, one after another.
         """
         replicas = self._strategy.num_replicas_in_sync
         if replicas == 1:
             return x, y
-        index = tf.distribute.get_replica_context().replica_id_in_sync_group
+        index = tf.cast(tf.distribute.get_replica_context().replica_id_in_sync_group, tf.int64)
         start, end = (-(-full_size * number // replicas) for number in (index, index + 1))
         return x[start:end], y[start:end]
 
