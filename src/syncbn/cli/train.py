@@ -215,8 +215,6 @@ def _train_and_report(settings: TrainSettings, folder: Path, flag: _Flag) -> int
     code = 0
     if any(run.by_workers for run in runs):
         code = _train_by_workers(runs, settings, flag)
-        if code not in {0, EXIT_INTERRUPTED}:
-            return code
     complete = code == 0
     with ProgressView(lambda: flag.raised) as view:
         for run in runs:
@@ -233,8 +231,10 @@ def _train_and_report(settings: TrainSettings, folder: Path, flag: _Flag) -> int
     if complete:
         return 0
     kept = f"kept the finished epochs of {len(finished)} run(s)" if finished else "nothing to keep"
-    print(f"syncbn: interrupted, {kept}", file=sys.stderr)
-    return EXIT_INTERRUPTED
+    code = code or EXIT_INTERRUPTED
+    what = "interrupted" if code == EXIT_INTERRUPTED else "not finished"
+    print(f"syncbn: {what}, {kept}", file=sys.stderr)
+    return code
 
 
 def _train_by_workers(runs: list[Run], settings: TrainSettings, flag: _Flag) -> int:
@@ -251,8 +251,8 @@ def _train_by_workers(runs: list[Run], settings: TrainSettings, flag: _Flag) -> 
     if code not in {0, EXIT_INTERRUPTED}:
         print(
             f"syncbn: error: training on {settings.workers} workers requires that all of them end "
-            f"well. Received: exit code {code}, for the reason above. Nothing was written: remove "
-            "the cause and train again.",
+            f"well. Received: exit code {code}, for the reason above. Remove the cause and train "
+            "again.",
             file=sys.stderr,
         )
     return code
