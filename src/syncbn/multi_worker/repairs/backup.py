@@ -18,9 +18,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 from keras import optimizers
-from keras.src.backend.common import global_state
 from keras.src.models.model import Model
-from keras.src.random import seed_generator
 from keras.src.saving import saving_lib
 from keras.src.utils import file_utils
 
@@ -63,7 +61,6 @@ def _save(callback: Any) -> None:
         "batch": callback._last_batch_seen,
         "variables": _shapes(model),
         "seeds": [v.numpy().tolist() for v in _seeds(model)],
-        "global_seed": _global_seed() and _global_seed().numpy().tolist(),
         "shuffle_seed": fit and fit.seed,
     }
     # A latest backup that was damaged must not take the place of the one that was restored.
@@ -253,11 +250,6 @@ def _go_on(model: Any, strategy: Any, outcome: dict[str, Any]) -> None:
     seeds = outcome.get("seeds") or []
     for variable, value in zip(_seeds(model), seeds, strict=False):
         variable.assign(np.array(value, variable.dtype))
-    if outcome.get("global_seed"):
-        if _global_seed() is None:
-            with strategy.scope():
-                seed_generator.global_seed_generator()
-        _global_seed().assign(np.array(outcome["global_seed"], _global_seed().dtype))
     fit = fits.current()
     if fit is not None and outcome.get("shuffle_seed") is not None:
         fit.seed = outcome["shuffle_seed"]
@@ -280,12 +272,6 @@ def _saved(model: Any) -> list[Any]:
 def _seeds(model: Any) -> list[Any]:
     """The states of the model's random numbers, which are in no file of weights."""
     return [v for v in model.variables if v.name == "seed_generator_state"]
-
-
-def _global_seed() -> Any:
-    """The state of the random numbers that are drawn without a generator, if there were any."""
-    generator = global_state.get_global_attribute(seed_generator.GLOBAL_SEED_GENERATOR)
-    return generator and generator.state
 
 
 def _shapes(model: Any) -> list[str]:
