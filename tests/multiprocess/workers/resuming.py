@@ -25,7 +25,8 @@ import tensorflow as tf
 from syncbn.layer import SyncBatchNormalization
 from syncbn.multi_worker import backup_files, enable_multi_worker
 
-WORKER = json.loads(os.environ["TF_CONFIG"])["task"]["index"]
+# The test imports the names of the cases, and is no worker.
+WORKER = json.loads(os.environ.get("TF_CONFIG", '{"task": {"index": 0}}'))["task"]["index"]
 EPOCHS, STEPS = 3, 3
 LAYERS, OPTIMIZERS = keras.layers, keras.optimizers
 rng = np.random.default_rng(0)
@@ -62,8 +63,7 @@ def adam() -> Any:
 # By name: layers, optimizer, what fit is given.
 CASES: dict[str, tuple[Callable[[], list[Any]], Callable[[], Any], dict[str, Any]]] = {
     "arrays": (lambda: [], sgd, {}),
-    "PyDataset": (lambda: [LAYERS.Dense(4, "tanh")], adam, {"x": Batches}),
-    "PyDataset of threads": (lambda: [], sgd, {"x": lambda: Batches(workers=2)}),
+    "PyDataset": (lambda: [LAYERS.Dense(4, "tanh")], adam, {"x": lambda: Batches(workers=2)}),
     "steps_per_epoch": (lambda: [], sgd, {"steps_per_epoch": 4, "shuffle": "batch"}),
     "random": (
         lambda: [
@@ -83,22 +83,26 @@ CASES: dict[str, tuple[Callable[[], list[Any]], Callable[[], Any], dict[str, Any
 
 
 class Ends(keras.callbacks.Callback):
-    """In the middle of the third epoch, by an error or a kill."""
-
-    def __init__(self, killed: int | None = None) -> None:
-        super().__init__()
-        self.killed = killed
-        self.epoch = 0
+    """A kill of one worker in the middle of the third epoch."""
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:  # noqa: ARG002 - Keras's
         self.epoch = epoch
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:  # noqa: ARG002
-        if (self.epoch, batch) == (EPOCHS - 1, 1):
-            if self.killed is None:
-                raise KeyboardInterrupt
-            if self.killed == WORKER:
-                os.kill(os.getpid(), signal.SIGKILL)
+        if (self.epoch, batch, WORKER) == (EPOCHS - 1, 1, 1):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Keeps(keras.callbacks.Callback):
+    """A copy of the chief's backup, as a kill in the third epoch leaves it."""
+
+    def __init__(self, folder: Path, copy: Path) -> None:
+        super().__init__()
+        self.folder, self.copy = folder, copy
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:  # noqa: ARG002 - Keras's
+        if epoch == EPOCHS - 1 and WORKER == 0:
+            shutil.copytree(self.folder, self.copy)
 
 
 class Job:
@@ -128,20 +132,17 @@ class Job:
         return keras.callbacks.BackupAndRestore(self.folder / f"{WORKER}" / name, **options)
 
 
-def whole_and_interrupted(job: Job) -> None:
+def whole(job: Job) -> None:
     for name in CASES:
         print(name, flush=True)  # what a failure is of
-        job.found[name] = job.fit(name, 1)
-        try:
-            job.fit(name, 1, job.backup(name), Ends())
-        except KeyboardInterrupt:
-            continue
-        raise AssertionError(name)
+        backup = job.backup(f"{name} whole")
+        keeps = Keeps(Path(backup.backup_dir), job.folder / f"{WORKER}" / name)
+        job.found[name] = job.fit(name, 1, backup, keeps)
 
 
 def killed(job: Job) -> None:
     try:
-        job.fit("random", 1, job.backup("killed"), Ends(killed=1))
+        job.fit("random", 1, job.backup("killed"), Ends())
     except RuntimeError as error:
         job.found["error"] = type(error).__name__
 
@@ -152,7 +153,7 @@ def resumed(job: Job) -> None:
         job.found[name] = job.fit(name, 2 + WORKER, job.backup(name))
     # The kill was of one worker: the chief alone knows how far it was.
     job.found["killed"] = job.fit("random", 1, job.backup("killed"))
-    job.found["left"] = [path.name for path in job.folder.glob(f"{WORKER}/*")]
+    job.found["left"] = [path.name for path in job.folder.glob(f"{WORKER}/*") if path.name in CASES]
 
 
 def flip(path: Path) -> None:
@@ -191,6 +192,10 @@ DAMAGES: dict[str, dict[str, Callable[[Path], Any]]] = {
 }
 
 
+# Those that are met with a previous backup too.
+PREVIOUS = {"one byte", "no metadata", "truncated, of Keras", "another model"}
+
+
 def contents(folder: Path) -> dict[str, Any]:
     return {path.name: path.read_bytes().hex() for path in folder.glob("*")}
 
@@ -199,14 +204,13 @@ def damaged(job: Job) -> None:
     """Each damage without and with a previous backup, one after another in the same processes."""
     CASES["another model"] = (lambda: [LAYERS.Dense(5)], sgd, {})
     CASES["another optimizer"] = (lambda: [], OPTIMIZERS.Adam, {})
-    try:
-        job.fit("arrays", 1, job.backup("good", double_checkpoint=True), Ends())
-    except KeyboardInterrupt:
-        good = job.folder / "0" / "good"
+    good = job.folder / "0" / "good"
+    whole = job.backup("damaged whole", double_checkpoint=True)
+    job.fit("arrays", 1, whole, Keeps(Path(whole.backup_dir), good))
     for damage, files in DAMAGES.items():
         name = damage.removesuffix(", of Keras")
         name = name if name in CASES else "arrays"
-        for double in (False, True):
+        for double in (False, True) if damage in PREVIOUS else (False,):
             folder = job.folder / "0" / f"{damage} {double}"
             if WORKER == 0:
                 shutil.copytree(good, folder)
@@ -310,7 +314,7 @@ def no_room_for_the_folder(job: Job) -> None:
     job.found["made"] = sorted(path.name for path in folder.glob("backup/*"))
 
 
-SCENARIOS = {f.__name__: f for f in (whole_and_interrupted, killed, resumed, damaged, full)}
+SCENARIOS = {f.__name__: f for f in (whole, killed, resumed, damaged, full)}
 
 
 def main(name: str, folder: Path) -> None:
