@@ -1,17 +1,13 @@
-"""What needs no second process: progress, the agreement on the last batch, whole backups."""
+"""What needs no second process: progress and the agreement on the last batch."""
 
-import json
 import sys
 import threading
-from pathlib import Path
-from types import SimpleNamespace
 
 import keras
 import pytest
 
 from syncbn.multi_worker.board import Board, Worker, agree, exchange
 from syncbn.multi_worker.progress import Progress, callback_in, progress
-from syncbn.multi_worker.repairs import backup
 from syncbn.multi_worker.repairs.chief_writes import scratch_beside
 from syncbn.multi_worker.stopping import Stops
 
@@ -120,33 +116,6 @@ def test_a_request_that_the_end_of_the_data_overtook_is_kept_for_the_epochs_end(
     stops = Stops(MemoryBoard(0, {"syncbn/stop/1/1": "4 "}))
     assert not stops.after_batch("on_train_batch_end", True)
     assert stops.after_loop("on_train_batch_end")
-
-
-def backup_in(folder: Path, epoch: int, weights: str, latest: str, named: str | None):
-    """A folder as a kill may leave it."""
-    (folder / "latest.weights.h5").write_text(latest)
-    content = {"epoch": epoch, "batch": 0} | ({"weights": named} if named else {})
-    (folder / "training_metadata.json").write_text(json.dumps(content))
-    (folder / "new-1.weights.h5").write_text(weights)
-    return SimpleNamespace(
-        backup_dir=folder,
-        _weights_path=str(folder / "latest.weights.h5"),
-        _training_metadata_path=str(folder / "training_metadata.json"),
-    )
-
-
-@pytest.mark.parametrize(
-    ("named", "latest"),
-    [
-        pytest.param("new-0.weights.h5", "epoch 1", id="killed before the epoch was replaced"),
-        pytest.param("new-1.weights.h5", "epoch 2", id="killed after it"),
-        pytest.param(None, "epoch 1", id="a backup of Keras's own"),
-    ],
-)
-def test_an_interrupted_backup_is_that_of_the_epoch_it_names(tmp_path, named, latest):
-    backup.complete(backup_in(tmp_path, 1, "epoch 2", "epoch 1", named))
-    assert (tmp_path / "latest.weights.h5").read_text() == latest
-    assert not list(tmp_path.glob("new-*"))
 
 
 def test_a_scratch_file_keeps_its_ending_and_goes_when_writing_fails(tmp_path):
