@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests.multiprocess.cluster import free_ports
-from tests.multiprocess.launching import Launch
+from tests.multiprocess.launching import Launch, wait_until
 from tests.multiprocess.workers.survivor import EPOCHS, STEPS
 
 pytestmark = pytest.mark.multiprocess
@@ -72,6 +72,28 @@ def test_workers_of_two_launchers_are_resumed_together(tmp_path, uninterrupted):
     outputs = [process.communicate(timeout=300)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     with np.load(tmp_path / "final.npz") as arrays:
+        assert_same_bits([arrays[name] for name in arrays.files], uninterrupted)
+
+
+@pytest.mark.survival
+def test_a_launcher_that_was_killed_is_started_again_by_hand(tmp_path, uninterrupted):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    one = Launch(folder, "", "--workers", "2")
+    one.command[-1:] = ["-m", SURVIVOR, str(folder), "[]"]
+    process = one.start()
+    try:
+        assert wait_until((folder / "backup" / "training_metadata.json").exists, 60)
+        process.kill()
+        assert wait_until(lambda: not one.processes(), 5)
+        process.communicate()
+    finally:
+        one.kill_all()
+    assert not (folder / "final.npz").exists()
+    result = one.run(120)
+    assert result.returncode == 0, result.stderr
+    assert f"epochs {EPOCHS}" not in result.stdout  # it went on, and did not begin anew
+    with np.load(folder / "final.npz") as arrays:
         assert_same_bits([arrays[name] for name in arrays.files], uninterrupted)
 
 
