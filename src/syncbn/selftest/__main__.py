@@ -9,7 +9,7 @@ import traceback
 from typing import Any
 
 from syncbn.errors import InputError, SyncbnError
-from syncbn.selftest.checks import Check, Options, selected
+from syncbn.selftest.checks import Check, Finding, Options, check_steps, line, selected
 from syncbn.selftest.cluster import Cluster
 
 __all__ = ["main"]
@@ -30,8 +30,7 @@ def main(arguments: list[str] | None = None) -> None:
     parsed = parser.parse_args(arguments)
     try:
         checks = selected(parsed.only)
-        if parsed.steps < 8:
-            raise InputError(f"--steps requires at least 8. Received: {parsed.steps}.")
+        check_steps(parsed.steps)
         cluster = _join()
     except SyncbnError as error:
         sys.stderr.write(f"syncbn selftest: error: {error}\n")
@@ -82,8 +81,7 @@ def _run(cluster: Cluster, check: Check, options: Options) -> dict[str, Any]:
     for finding in findings:
         if not finding.holds:
             sys.stderr.write(
-                f"worker {cluster.worker}: {check.name}: {finding.what}: {finding.figure:.2g}, "
-                f"allowed is {finding.bound:.2g}\n"
+                f"worker {cluster.worker}: {check.name}: {finding}: not within the bound\n"
             )
     # As text: JSON has no word for a NaN that every reader knows.
     rows = [[f.what, repr(f.figure), f.bound, f.holds] for f in findings]
@@ -101,15 +99,13 @@ def _print(cluster: Cluster, check: Check, everyones: list[dict[str, Any]]) -> b
             same = [row for row in rows if row[0] == what]
             # The worst of the workers: one that fails, or the largest.
             worst = max(same, key=lambda row: (not row[3], float(row[1])))
-            cells.append(f"{what} {float(worst[1]):.2g} (≤ {worst[2]:.2g})")
+            cells.append(str(Finding(what, float(worst[1]), worst[2])))
         reasons = [
             f"worker {index}: {verdict['error'][:200]}"
             for index, verdict in enumerate(everyones)
             if verdict["error"]
         ]
-        found = "; ".join(cells + reasons)
-        verdict = "ok" if passed else "FAILED"
-        sys.stdout.write(f"{check.name:8}{check.what:42}{found}  {verdict}\n")
+        sys.stdout.write(f"{line(check, '; '.join(cells + reasons), passed)}\n")
         sys.stdout.flush()
     return passed
 

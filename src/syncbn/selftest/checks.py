@@ -13,7 +13,10 @@ from syncbn.errors import InputError
 if TYPE_CHECKING:
     from syncbn.selftest.cluster import Cluster
 
-__all__ = ["CHECKS", "Check", "Finding", "Options", "selected"]
+__all__ = ["CHECKS", "RESUME", "Check", "Finding", "Options", "check_steps", "line", "selected"]
+
+
+LEAST_STEPS = 40
 
 
 class Finding(NamedTuple):
@@ -22,6 +25,9 @@ class Finding(NamedTuple):
     what: str
     figure: float
     bound: float
+
+    def __str__(self) -> str:
+        return f"{self.what} {self.figure:.2g} (≤ {self.bound:.2g})"
 
     @property
     def holds(self) -> bool:
@@ -57,18 +63,34 @@ CHECKS = (
 )
 
 
-def selected(names: str | None) -> list[Check]:
-    """The checks of a list with commas, in the table's order; all for None.
+# What takes a launcher: it is no part of a worker's program.
+RESUME = Check("resume", "a worker is killed, the group restarts", "syncbn.selftest.resume")
+
+
+def selected(names: str | None, *more: Check) -> list[Check]:
+    """The checks of a list with commas, in the table's order; all for None. `more`: beyond CHECKS.
 
     Raises:
         InputError: there is no check of such a name.
     """
+    checks = [*CHECKS, *more]
     if names is None:
-        return list(CHECKS)
+        return checks
     wanted = {name.strip() for name in names.split(",")}
-    known = [check.name for check in CHECKS]
+    known = [check.name for check in checks]
     if unknown := sorted(wanted - {*known}):
         raise InputError(
-            f"--only requires names of checks: {', '.join(known)}. Received: {unknown}."
+            f"--only requires names of checks: {', '.join(known)}. Received: {', '.join(unknown)}."
         )
-    return [check for check in CHECKS if check.name in wanted]
+    return [check for check in checks if check.name in wanted]
+
+
+def check_steps(steps: int) -> None:
+    """Raise an InputError for too few steps to say anything about growth."""
+    if steps < LEAST_STEPS:
+        raise InputError(f"--steps requires at least {LEAST_STEPS}. Received: {steps}.")
+
+
+def line(check: Check, found: str, passed: bool) -> str:
+    """One of the table."""
+    return f"{check.name:8}{check.what:42}{found}  {'ok' if passed else 'FAILED'}"

@@ -76,7 +76,7 @@ def run(cluster: Cluster, options: Options) -> list[Finding]:
         epochs=epochs,
         verbose=0,
         callbacks=[
-            keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, **_: sample(batch))
+            keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, *_, **__: sample(batch))
         ],
     )
     grown = growth(samples)
