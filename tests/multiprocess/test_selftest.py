@@ -1,6 +1,7 @@
 """`syncbn selftest` passes, and convicts a library that is broken."""
 
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -14,12 +15,28 @@ from tests.multiprocess.cluster import run_processes
 pytestmark = pytest.mark.multiprocess
 
 
-def ended(workers, mutant, *arguments):
-    """The exit codes of all workers and what they wrote."""
-    script = "tests.multiprocess.workers.selftest_mutant"
-    command = [sys.executable, "-m", script, mutant, *arguments]
-    results = run_processes(command, workers, timeout=120, grace=20)
-    return [result.status for result in results], [result.output for result in results]
+# By mutant: how many workers, and what they are given.
+RUNS = {
+    "none": (2, ["--steps", "100"]),
+    "local": (2, ["--only", "layer,fit,uneven"]),
+    "raising": (2, ["--only", "layer,fit"]),
+    "leaky": (1, ["--only", "soak", "--steps", "100"]),
+}
+
+
+@pytest.fixture(scope="module")
+def ended():
+    """By mutant the exit codes of all workers and what they wrote; two runs at a time."""
+
+    def run(mutant):
+        workers, arguments = RUNS[mutant]
+        script = "tests.multiprocess.workers.selftest_mutant"
+        command = [sys.executable, "-m", script, mutant, *arguments]
+        results = run_processes(command, workers, timeout=120, grace=20)
+        return [result.status for result in results], [result.output for result in results]
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(RUNS, pool.map(run, RUNS), strict=True))
 
 
 def lines(output):
@@ -27,8 +44,8 @@ def lines(output):
     return {line.split()[0]: line for line in output.splitlines() if line.startswith(names)}
 
 
-def test_every_check_passes_on_two_workers_and_the_chief_prints_the_table():
-    codes, outputs = ended(2, "none", "--steps", "100")
+def test_every_check_passes_on_two_workers_and_the_chief_prints_the_table(ended):
+    codes, outputs = ended["none"]
     assert codes == [0, 0], outputs
     table = lines(outputs[0])
     assert list(table) == [check.name for check in CHECKS]
@@ -37,8 +54,8 @@ def test_every_check_passes_on_two_workers_and_the_chief_prints_the_table():
     assert not lines(outputs[1])
 
 
-def test_local_statistics_fail_it_on_every_worker_with_the_reason():
-    codes, outputs = ended(2, "local", "--only", "layer,fit,uneven")
+def test_local_statistics_fail_it_on_every_worker_with_the_reason(ended):
+    codes, outputs = ended["local"]
     assert codes == [1, 1], outputs
     assert all(line.endswith("  FAILED") for line in lines(outputs[0]).values())
     assert len(lines(outputs[0])) == 3
@@ -47,15 +64,15 @@ def test_local_statistics_fail_it_on_every_worker_with_the_reason():
         assert f"worker {worker}: fit: weights: gap to NumPy" in output
 
 
-def test_an_error_of_one_worker_ends_all_of_them_with_its_words():
-    codes, outputs = ended(2, "raising", "--only", "layer,fit")
+def test_an_error_of_one_worker_ends_all_of_them_with_its_words(ended):
+    codes, outputs = ended["raising"]
     assert codes == [1, 1], outputs
     assert "LookupError: no table of labels" in outputs[1]
     assert "worker 1" in outputs[0]
 
 
-def test_a_leak_fails_the_soak_of_one_worker():
-    codes, outputs = ended(1, "leaky", "--only", "soak", "--steps", "100")
+def test_a_leak_fails_the_soak_of_one_worker(ended):
+    codes, outputs = ended["leaky"]
     assert codes == [1], outputs
     assert lines(outputs[0])["soak"].endswith("  FAILED")
     for what in ("MiB of memory more", "open files more"):
