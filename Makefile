@@ -8,7 +8,8 @@ BIN := .venv/bin
 READY := .venv/ready
 OUTPUT ?= demo-output
 
-.PHONY: help demo test lint types format bench lock test-models test-scenarios test-versions clean
+.PHONY: help demo test lint types format bench lock test-models test-scenarios test-survival \
+	test-frameworks test-versions clean
 
 help:
 	@echo "make demo           train on two replicas and compare with one device (2 minutes)"
@@ -17,6 +18,8 @@ help:
 	@echo "make bench          measure the layer and training against Keras's"
 	@echo "make test-models    branched models of keras.applications on two workers (4 minutes)"
 	@echo "make test-scenarios Keras's training on replicas and workers, the whole table (20 minutes)"
+	@echo "make test-survival  runs killed at random steps end with the same bits; a long soak"
+	@echo "make test-frameworks the launcher with JAX and torch (5 minutes)"
 	@echo "make test-versions  the contract on older TensorFlow and Keras (30 minutes)"
 	@echo "make lock           resolve requirements.in into requirements.lock"
 	@echo "make clean          remove .venv and every cache"
@@ -62,6 +65,12 @@ bench: $(READY)
 
 test-models: $(READY)
 	$(BIN)/python -m pytest -m models
+
+test-survival: $(READY)
+	$(BIN)/python -m pytest -m survival --timeout 1200
+
+test-frameworks: $(READY)
+	$(BIN)/python tests/frameworks.py
 
 test-scenarios: $(READY)
 	$(BIN)/python -m tests.scenarios

@@ -37,3 +37,21 @@ def _fresh_keras_names():
     known = inspect.signature(keras.backend.clear_session).parameters
     keras.backend.clear_session(**({"free_memory": False} if "free_memory" in known else {}))
     keras.utils.set_random_seed(0)
+
+
+@pytest.fixture
+def launch(tmp_path):
+    """Makes launches; at the end none of their processes is left, whatever the test found."""
+    from tests.multiprocess.launching import Launch
+
+    made = []
+
+    def make(program, *options, arguments=()):
+        made.append(Launch(tmp_path, program, *options, arguments=arguments))
+        return made[-1]
+
+    yield make
+    left = [one.processes() for one in made]
+    for one in made:
+        one.kill_all()
+    assert not any(left)

@@ -16,6 +16,7 @@ from PIL import Image
 import syncbn
 
 FILES = ["curves.png", "history.csv", "model.keras", "table.json"]
+WORKERS = ("--strategy", "multiworker")
 
 
 def command(*arguments):
@@ -114,6 +115,12 @@ def test_convnet_on_a_file_with_more_replicas_than_the_last_batch_has_images(tmp
         (["--data", "no/such/file.npz"], "is not a file"),
         (["--replicas", "0"], "--replicas must be at least 1"),
         (["--replicas", "4", "--batch-size", "3"], "--batch-size 3 for --replicas 4"),
+        (["--workers", "3"], "--workers is of --strategy multiworker. Received: --workers with"),
+        (["--strategy", "none", "--replicas", "3"], "--replicas is of --strategy mirrored"),
+        ([*WORKERS, "--replicas", "3"], "give --workers instead"),
+        ([*WORKERS, "--workers", "0"], "--workers must be at least 1"),
+        ([*WORKERS, "--workers", "4", "--batch-size", "3"], "--batch-size 3 for --workers 4"),
+        ([*WORKERS, "--data", "no/such/file.npz"], "is not a file"),
         (["--epochs", "0"], "--epochs must be at least 1"),
         (["--batch-size", "1000000000000000000000"], "--batch-size must be at least 1 and at most"),
         (["--epochs", "many"], "invalid int value: 'many'"),

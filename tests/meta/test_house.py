@@ -3,6 +3,7 @@
 import ast
 import importlib
 import json
+import sys
 import tomllib
 from importlib import metadata
 from pathlib import Path
@@ -28,8 +29,12 @@ LOADED = "import sys, json; print(json.dumps(sorted(m.split('.')[0] for m in sys
         "import syncbn.errors, syncbn.moments",
         "import syncbn\nwith __import__('contextlib').suppress(SystemExit): "
         "__import__('syncbn.cli').cli.main(['--help'])",
-        "import syncbn\nwith __import__('contextlib').suppress(SystemExit): "
-        "__import__('syncbn.cli').cli.main(['train', '--help'])",
+        *(
+            "import syncbn\nwith __import__('contextlib').suppress(SystemExit): "
+            f"__import__('syncbn.cli').cli.main([{command!r}, '--help'])"
+            for command in ("train", "launch")
+        ),
+        "import syncbn.launch.supervisor",
     ],
 )
 def test_importing_syncbn_and_asking_for_help_imports_no_framework(code):
@@ -118,6 +123,15 @@ def test_the_repair_of_keras_hangs_off_keras_alone(path):
         # The selftest shows that it works, on the user's cluster.
         elif not inside and path != SOURCE / "__init__.py" and "selftest" not in path.parts:
             assert not imported.startswith("syncbn.multi_worker"), imported
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(SOURCE)))
+def test_the_launcher_stands_on_the_standard_library_alone(path):
+    if "launch" not in path.relative_to(SOURCE).parts[:-1]:
+        return
+    for imported in imports_of(path):
+        ours = imported.startswith(("syncbn.errors", "syncbn.launch"))
+        assert ours or imported.split(".")[0] in sys.stdlib_module_names, imported
 
 
 PYTHON_FILES = [

@@ -1,12 +1,10 @@
 """docs/multi-worker.md is true: its programs run, one on workers; it lists the repairs."""
 
 import re
-import sys
 from pathlib import Path
 
 import pytest
 from tests.meta.test_readme import run
-from tests.multiprocess.cluster import run_processes
 
 from syncbn.multi_worker import REPAIRS
 
@@ -23,13 +21,11 @@ def test_every_block_runs(number):
 
 
 @pytest.mark.multiprocess
-def test_the_program_for_workers_runs_on_two_workers(tmp_path):
+def test_the_program_for_workers_runs_on_two_workers(launch):
     (code,) = [code for language, code in BLOCKS if language == "python workers"]
-    program = tmp_path / "train.py"
-    program.write_text(code)
-    for status, output in run_processes([sys.executable, str(program)], workers=2, timeout=100):
-        assert status == 0, output
-        assert "(200, 3) 3" in output
+    result = launch(code, "--workers", "2").run(100)
+    assert result.returncode == 0, result.stderr
+    assert {"[0] (200, 3) 3", "[1] (200, 3) 3"} <= set(result.stdout.splitlines())
 
 
 def test_the_table_is_the_catalogue():

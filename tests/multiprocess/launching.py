@@ -15,6 +15,21 @@ from pathlib import Path
 from tests.multiprocess.cluster import ROOT
 
 MARK = "SYNCBN_TEST_MARK"
+# What every program may use.
+START = """
+import json, os, pathlib, signal, socket, subprocess, sys, time
+RANK = int(os.environ["RANK"])
+TRY = int(os.environ["SYNCBN_RESTARTS"])
+def ready():
+    pathlib.Path(f"ready{RANK}-{TRY}").touch()
+"""
+LISTENS = (
+    START
+    + """
+host, _, port = json.loads(os.environ["TF_CONFIG"])["cluster"]["worker"][RANK].rpartition(":")
+server = socket.create_server(("", int(port)))  # as TensorFlow's: on all interfaces
+"""
+)
 
 
 class Launch:
@@ -87,3 +102,8 @@ def wait_until(condition: Callable[[], object], seconds: float = 20) -> bool:
             return True
         time.sleep(0.05)
     return bool(condition())
+
+
+def all_ready(launch: Launch) -> Callable[[], bool]:
+    """Whether both workers have come so far."""
+    return lambda: all((launch.folder / f"ready{w}-0").exists() for w in range(2))

@@ -2,51 +2,20 @@
 
 import json
 import os
+import pathlib
 import re
-import shutil
 import signal
-import socket
 import subprocess
 import sys
 
 import pytest
-from tests.multiprocess.cluster import ROOT, free_ports
-from tests.multiprocess.launching import Launch, wait_until
+
+from tests.multiprocess.launching import START, all_ready, wait_until
 
 pytestmark = [
     pytest.mark.multiprocess,
     pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc"),
 ]
-
-# What every program may use.
-START = """
-import json, os, pathlib, signal, socket, subprocess, sys, time
-RANK = int(os.environ["RANK"])
-TRY = int(os.environ["SYNCBN_RESTARTS"])
-def ready():
-    pathlib.Path(f"ready{RANK}-{TRY}").touch()
-"""
-SLEEP = START + "ready(); time.sleep(60)"
-
-
-@pytest.fixture
-def launch(tmp_path):
-    """Makes launches; at the end none of their processes is left, whatever the test found."""
-    made = []
-
-    def make(program, *options, arguments=()):
-        made.append(Launch(tmp_path, program, *options, arguments=arguments))
-        return made[-1]
-
-    yield make
-    left = [one.processes() for one in made]
-    for one in made:
-        one.kill_all()
-    assert not any(left)
-
-
-def all_ready(launch, workers=2, restart=0):
-    return lambda: all((launch.folder / f"ready{w}-{restart}").exists() for w in range(workers))
 
 
 def test_every_worker_is_told_the_cluster_in_the_words_of_each_framework(launch):
@@ -274,7 +243,7 @@ def test_a_second_ctrl_c_does_not_wait(launch):
 
 def supervisor_of(process):
     children = f"/proc/{process.pid}/task/{process.pid}/children"
-    with open(children) as file:
+    with pathlib.Path(children).open() as file:
         return int(file.read().split()[0])
 
 
@@ -293,127 +262,8 @@ def test_nothing_survives_the_launcher_even_when_it_is_killed(launch, killed):
         assert "was killed by SIGKILL (exit code 137); all workers were ended" in output
 
 
-LISTENS = (
-    START
-    + """
-host, _, port = json.loads(os.environ["TF_CONFIG"])["cluster"]["worker"][RANK].rpartition(":")
-server = socket.create_server(("", int(port)))  # as TensorFlow's: on all interfaces
-"""
-)
-
-
-def test_a_worker_that_never_comes_up_is_named(launch):
-    program = LISTENS + "if RANK == 1: server.close(); print('still reading')\ntime.sleep(60)"
-    result = launch(program, "--workers", "3", "--timeout", "1.5").run(20)
-    assert result.returncode == 124
-    assert "after 2 s 2 have come up. Missing:" in result.stderr
-    assert re.search(
-        r"worker 1 \(127\.0\.0\.1:\d+\): its process runs, and its address answers: "
-        "Connection refused",
-        result.stderr,
-    )
-    assert "worker 0 (" not in result.stderr.split("Missing:")[1]
-    assert "\n    still reading\n" in result.stderr
-
-
-def test_programs_that_listen_nowhere_are_never_missing(launch):
-    one = launch(START + "time.sleep(2)", "--workers", "2", "--timeout", "0.5")
-    assert one.run().returncode == 0
-
-
 def test_it_is_said_who_goes_on_when_the_others_have_ended_well(launch):
     one = launch(START + "time.sleep(2 * (RANK == 0))", "--workers", "2", "--timeout", "0.5")
     result = one.run()
     assert result.returncode == 0
     assert re.search(r"still waiting for worker 0 \(127\S+\); the others ended well", result.stderr)
-
-
-def reachable(address):
-    host, _, port = address.rpartition(":")
-    try:
-        with socket.create_connection((host, int(port)), timeout=2):
-            return True
-    except OSError:
-        return False
-
-
-def can_isolate():
-    from syncbn.launch import isolation
-
-    return isolation.why_not() is None
-
-
-def as_ordinary_user(one):
-    """Options to start it as nobody, with a Python and a copy of the package that nobody can read."""
-    if os.getuid() != 0:
-        pytest.skip("this user is an ordinary one")
-    nobody = {"user": 65534, "group": 65534, "extra_groups": []}
-    for parent in (one.folder, *one.folder.parents[:3]):
-        parent.chmod(parent.stat().st_mode | 0o755)
-    one.folder.chmod(0o777)
-    copy = one.folder / "copy"
-    shutil.copytree(ROOT / "src", copy, ignore=shutil.ignore_patterns("__pycache__"))
-    one.environment["PYTHONPATH"] = str(copy)
-    for python in (sys.executable, "/usr/bin/python3", "/usr/local/bin/python3"):
-        ask = [python, "-c", "import sys, os; sys.exit(sys.version_info < (3, 11))"]
-        try:
-            if subprocess.run(ask, check=False, cwd="/", **nobody).returncode == 0:
-                one.command[0] = python
-                return nobody
-        except OSError:
-            continue
-    pytest.skip("an ordinary user cannot run a Python of this machine")
-
-
-SERVES = LISTENS + "ready(); print('at', socket.if_nameindex(), flush=True); time.sleep(60)"
-
-
-@pytest.mark.skipif(not can_isolate(), reason="the kernel allows no network namespace")
-@pytest.mark.parametrize("ordinary", [False, True], ids=["this user", "an ordinary user"])
-@pytest.mark.parametrize("isolated", [True, False])
-def test_workers_are_not_reached_from_outside_their_network(launch, isolated, ordinary):
-    one = launch(SERVES, "--workers", "2", *([] if isolated else ["--no-isolate"]))
-    process = one.start(**(as_ordinary_user(one) if ordinary else {}))
-    assert wait_until(all_ready(one), 10), process.kill() or process.communicate()
-    addresses = [address for entry in one.processes() for address in workers_addresses(entry)]
-    assert addresses
-    assert [reachable(address) for address in addresses] == [not isolated] * len(addresses)
-    process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=20)
-    assert ("listen on all interfaces without authentication" in output) == (not isolated)
-    assert ("in a network of their own" in output) == isolated
-    assert ("at [(1, 'lo')]" in output) or not isolated
-
-
-def workers_addresses(process):
-    with open(f"/proc/{process}/environ", "rb") as file:
-        found = re.search(rb"TF_CONFIG=([^\0]*)", file.read())
-    return json.loads(found[1])["cluster"]["worker"] if found else []
-
-
-def test_several_machines_are_one_cluster(launch):
-    ports = free_ports(2)
-    hosts = ",".join(f"127.0.0.1:{port}" for port in ports)
-    program = LISTENS + "ready(); time.sleep(2.5); print(os.environ['TF_CONFIG'])"
-    launchers = [
-        launch(program, "--hosts", hosts, "--index", str(index), "--timeout", "10")
-        for index in (0, 1)
-    ]
-    processes = [one.start() for one in launchers]
-    outputs = [process.communicate(timeout=30)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
-    for index, output in enumerate(outputs):
-        assert f"1 of 2 workers here, {len(os.sched_getaffinity(0))} thread(s) each" in output
-        assert "listen on all interfaces without authentication" in output
-        config = json.loads(output.split(f"[{index}] ")[1].splitlines()[0])
-        assert config["cluster"]["worker"] == hosts.split(",")
-        assert config["task"]["index"] == index
-
-
-def test_a_machine_that_does_not_come_up_is_named(launch):
-    ports = free_ports(2)
-    hosts = ",".join(f"127.0.0.1:{port}" for port in ports)
-    options = ("--hosts", hosts, "--index", "0", "--timeout", "1")
-    result = launch(LISTENS + "time.sleep(60)", *options).run(20)
-    assert result.returncode == 124
-    assert f"worker 1 (127.0.0.1:{ports[1]}): Connection refused. Is the launcher" in result.stderr

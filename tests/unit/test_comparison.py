@@ -3,9 +3,12 @@
 import math
 
 import numpy as np
+import pytest
 
 from syncbn._backends.tensorflow.loop import Score
+from syncbn.errors import InputError
 from syncbn.training.comparison import differences, rows
+from syncbn.training.data import Dataset
 from syncbn.training.job import Epoch, Run, plan
 from syncbn.training.settings import TrainSettings
 
@@ -57,3 +60,22 @@ def test_a_comparison_has_every_normalization_once_and_the_wanted_one_first():
     assert names == ["keras × 4", "one device", "reordered", "sync × 4", "local × 4"]
     assert [run.name for run in plan(TrainSettings())] == ["sync × 2"]
     assert [run.replicas for run in plan(TrainSettings(strategy="none"))] == [1]
+
+
+def test_of_a_comparison_on_workers_the_runs_on_one_device_are_not_theirs():
+    runs = plan(TrainSettings(strategy="multiworker", workers=3, compare=True))
+    assert {run.name: (run.replicas, run.by_workers) for run in runs} == {
+        "sync × 3 workers": (3, True),
+        "one device": (1, False),
+        "reordered": (1, False),
+        "local × 3 workers": (3, True),
+        "keras × 3 workers": (3, True),
+    }
+
+
+def test_more_workers_than_images_are_refused():
+    images, labels = np.zeros((3, 4, 4, 1), np.float32), np.zeros(3, np.int32)
+    few = Dataset("few", images, labels, images, labels, classes=2)
+    TrainSettings(strategy="multiworker", workers=3, replicas=4).check_against(few)
+    with pytest.raises(InputError, match="training on 4 workers needs at least as many images"):
+        TrainSettings(strategy="multiworker", workers=4).check_against(few)

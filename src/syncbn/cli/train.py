@@ -16,11 +16,14 @@ from syncbn.cli.quiet import without_start_notices
 from syncbn.errors import InputError
 
 if TYPE_CHECKING:
+    from syncbn.training.job import Run
     from syncbn.training.settings import TrainSettings
 
-__all__ = ["add_parser"]
+__all__ = ["add_parser", "start_tensorflow"]
 
 _PRECISIONS = ("float32", "float64", "mixed_bfloat16", "mixed_float16")
+# The option that says how many, of each strategy.
+_COUNTED_BY = {"mirrored": "--replicas", "multiworker": "--workers", "none": None}
 
 
 def add_parser(commands: Any) -> None:
@@ -28,7 +31,8 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "train",
         help="train a classifier on replicas and compare it with one device",
-        description="Train a classifier of real images on several replicas. With --compare the "
+        description="Train a classifier of real images on several replicas, of one process or of "
+        "several. With --compare the "
         "same model, from the same weights on the same batches, is also trained on one device, "
         "with local statistics and with Keras's own synchronization, and a table says how far "
         "each is from one device. Writes model.keras, history.csv, table.json and curves.png.",
@@ -57,16 +61,26 @@ def add_parser(commands: Any) -> None:
 def _add_training_options(add: Callable[..., Any]) -> None:
     add(
         "--strategy",
-        choices=("mirrored", "none"),
+        choices=tuple(_COUNTED_BY),
         default="mirrored",
-        help="mirrored: replicas in step; none: one device",
+        help="mirrored: replicas in step, in one process; multiworker: worker processes in step, "
+        "on this machine; none: one device",
     )
+    # Without a default, to see whether they were given.
     add(
         "--replicas",
         type=int,
-        default=2,
         metavar="N",
-        help="devices; virtual CPU devices where there are fewer accelerators",
+        default=argparse.SUPPRESS,
+        help="of --strategy mirrored: devices; virtual CPU devices where there are fewer "
+        "accelerators (default: 2)",
+    )
+    add(
+        "--workers",
+        type=int,
+        metavar="N",
+        default=argparse.SUPPRESS,
+        help="of --strategy multiworker: processes, with a device each (default: 2)",
     )
     add("--epochs", type=int, default=10, metavar="N", help="passes over the training images")
     add("--batch-size", type=int, default=32, metavar="N", help="images in the global batch")
@@ -105,16 +119,34 @@ def run(arguments: argparse.Namespace) -> int:
 def _run(arguments: argparse.Namespace, flag: _Flag) -> int:
     from syncbn.training.settings import TrainSettings
 
+    _check_counts(arguments)
     names = TrainSettings.__dataclass_fields__
     settings = TrainSettings(
         **{name: value for name, value in vars(arguments).items() if name in names}
     )
     settings.check()
-    _start_tensorflow()
+    start_tensorflow()
     return _train_and_report(settings, arguments.output, flag)
 
 
-def _start_tensorflow() -> None:
+def _check_counts(arguments: argparse.Namespace) -> None:
+    """What is given must count: not the replicas of workers, nor the workers of one process."""
+    for strategy, option in _COUNTED_BY.items():
+        if option and strategy != arguments.strategy and hasattr(arguments, option[2:]):
+            own = _COUNTED_BY[arguments.strategy]
+            remedy = f"give {own} instead" if own else "leave it out"
+            raise InputError(
+                f"{option} is of --strategy {strategy}. Received: {option} with --strategy "
+                f"{arguments.strategy}. Change the strategy, or {remedy}."
+            )
+
+
+def start_tensorflow() -> None:
+    """Import it quietly.
+
+    Raises:
+        InputError: it is not there, or Keras is to run on something else.
+    """
     if os.environ.setdefault("KERAS_BACKEND", "tensorflow") != "tensorflow":
         raise InputError(
             "syncbn train requires Keras on TensorFlow. Received: the environment variable "
@@ -137,6 +169,15 @@ class _Flag:
 
     def __init__(self) -> None:
         self.raised = False
+
+    @contextmanager
+    def lowered(self) -> Iterator[None]:
+        """Ctrl-C is a KeyboardInterrupt within, for whoever waits for other processes."""
+        previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, previous)
 
 
 @contextmanager
@@ -171,8 +212,16 @@ def _train_and_report(settings: TrainSettings, folder: Path, flag: _Flag) -> int
     settings.check_against(dataset)
     report.prepare_folder(folder)
     runs = job.plan(settings)
+    code = 0
+    if any(run.by_workers for run in runs):
+        code = _train_by_workers(runs, settings, flag)
+        if code not in {0, EXIT_INTERRUPTED}:
+            return code
+    complete = code == 0
     with ProgressView(lambda: flag.raised) as view:
-        complete = all(job.train(run, settings, dataset, view) for run in runs)
+        for run in runs:
+            if complete and not run.by_workers:
+                complete = job.train(run, settings, dataset, view, run.epochs.append)
     finished = [run for run in runs if run.epochs]
     if runs[0].epochs:
         model = job.build_model(settings.norm, settings, dataset)
@@ -186,3 +235,24 @@ def _train_and_report(settings: TrainSettings, folder: Path, flag: _Flag) -> int
     kept = f"kept the finished epochs of {len(finished)} run(s)" if finished else "nothing to keep"
     print(f"syncbn: interrupted, {kept}", file=sys.stderr)
     return EXIT_INTERRUPTED
+
+
+def _train_by_workers(runs: list[Run], settings: TrainSettings, flag: _Flag) -> int:
+    """Have the workers train their runs; the exit code, of which any but 130 has been explained."""
+    from syncbn.cli import EXIT_INTERRUPTED
+    from syncbn.training import workers
+
+    # -P: a file of the user's folder is not a module of ours.
+    command = [sys.executable, "-P", "-m", "syncbn.cli.train_worker"]
+    with flag.lowered():
+        if flag.raised:
+            return EXIT_INTERRUPTED
+        code = workers.train_by_workers(runs, settings, command)
+    if code not in {0, EXIT_INTERRUPTED}:
+        print(
+            f"syncbn: error: training on {settings.workers} workers requires that all of them end "
+            f"well. Received: exit code {code}, for the reason above. Nothing was written: remove "
+            "the cause and train again.",
+            file=sys.stderr,
+        )
+    return code

@@ -25,23 +25,21 @@ if TYPE_CHECKING:
 
 __all__ = ["ProgressView", "print_table"]
 
+_SHORT = 10
+
 
 class ProgressView:
-    """A bar for each run, on stderr; an observer of the job."""
+    """A bar for each run, on stderr; an observer of the job.
+
+    Each has a display of its own: the launcher, which passes on a worker's, follows one line.
+    """
 
     def __init__(self, stop_requested: Callable[[], bool]) -> None:
         self.stop_requested = stop_requested
-        self._progress = Progress(
-            TextColumn("{task.description:12}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("steps  loss {task.fields[loss]:.4f}"),
-            TimeRemainingColumn(),
-            console=Console(file=sys.stderr),
-        )
+        self._console = Console(file=sys.stderr)
+        self._progress: Progress | None = None
 
     def __enter__(self) -> ProgressView:
-        self._progress.__enter__()
         return self
 
     def __exit__(
@@ -50,15 +48,31 @@ class ProgressView:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._progress.__exit__(kind, error, traceback)
+        self._leave()
 
     def start(self, run: str, steps: int) -> None:
-        """A new bar."""
+        """A new bar; the one before stays as it is."""
+        self._leave()
+        self._progress = Progress(
+            TextColumn("{task.description:17}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("steps  loss {task.fields[loss]:.4f}"),
+            TimeRemainingColumn(),
+            console=self._console,
+        )
+        self._progress.start()
         self._task = self._progress.add_task(run, total=steps, loss=float("nan"))
 
     def advance(self, loss: float) -> None:
         """One step further, with the loss of that step's batch."""
-        self._progress.update(self._task, advance=1, loss=loss)
+        if self._progress is not None:
+            self._progress.update(self._task, advance=1, loss=loss)
+
+    def _leave(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
 
 
 def print_table(
@@ -67,18 +81,20 @@ def print_table(
     """The table on stdout, what it says in a sentence, and where the files are."""
     console = Console()
     compared = any(row.difference for row in rows)
+    # Eighty columns hold the headings in one line where the names of the runs are short.
+    gap = "\n" if max(len(row.run) for row in rows) > _SHORT else " "
     table = Table(
-        title=f"{settings.model} on {dataset.name}, {len(dataset.x_train)} training images, "
+        title=f"{settings.model} on {dataset.name}, {len(dataset.x_train)} training images,{gap}"
         f"{settings.precision}, "
         f"global batch {settings.batch_size}, {rows[0].epochs} epochs"
     )
-    # Eighty columns hold these; the others are in the files.
+    # The others are in the files.
     table.add_column("run", no_wrap=True)
-    for heading in ("loss", "test loss", "test accuracy"):
+    for heading in ("loss", f"test{gap}loss", f"test{gap}accuracy"):
         table.add_column(heading, justify="right", no_wrap=True)
     if compared:
         table.add_column("Δ weights", justify="right", no_wrap=True)
-        table.add_column("Δ moving stats", justify="right", no_wrap=True)
+        table.add_column(f"Δ moving{gap}stats", justify="right", no_wrap=True)
     for row in rows:
         cells = [
             row.run,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import keras
@@ -13,6 +14,7 @@ from syncbn._backends.tensorflow.replicas import (
     make_virtual_devices,
     mirrored_strategy,
     one_device_strategy,
+    workers_strategy,
 )
 from syncbn.errors import InputError
 from syncbn.training import models
@@ -25,6 +27,7 @@ __all__ = [
     "Run",
     "build_model",
     "check_optimizer",
+    "join_workers",
     "plan",
     "prepare_devices",
     "train",
@@ -49,6 +52,7 @@ class Run(NamedTuple):
     replicas: int
     epochs: list[Epoch]
     reordered: bool = False  # each batch back to front, which changes nothing but rounding
+    by_workers: bool = False  # trained by processes of their own, a replica each
 
 
 class Observer(Protocol):
@@ -66,14 +70,13 @@ class Observer(Protocol):
 
 def plan(settings: TrainSettings) -> list[Run]:
     """The runs of a job, still without epochs: the wanted one first, then those to compare."""
-    replicas = settings.replicas_in_sync
-    runs = [Run(_name(settings.norm, replicas), settings.norm, replicas, [])]
+    runs = [_on_replicas(settings.norm, settings)]
     if settings.compare:
         runs.append(Run("one device", "local", 1, []))
         # Training amplifies rounding, the more the longer: this run says how far.
         runs.append(Run("reordered", "local", 1, [], reordered=True))
         runs += [
-            Run(_name(norm, replicas), norm, replicas, [])
+            _on_replicas(norm, settings)
             for norm in ("sync", "local", "keras")
             if norm != settings.norm
         ]
@@ -82,22 +85,50 @@ def plan(settings: TrainSettings) -> list[Run]:
 
 def prepare_devices(settings: TrainSettings) -> None:
     """Make the devices of the job; must come before anything that starts TensorFlow."""
-    make_virtual_devices(settings.replicas_in_sync)
+    # Workers have theirs in processes of their own.
+    make_virtual_devices(settings.replicas if settings.strategy == "mirrored" else 1)
 
 
-def _name(norm: str, replicas: int) -> str:
-    return f"{norm} × {replicas}"
+def join_workers() -> None:
+    """Become one of the workers of TF_CONFIG; must come before anything that starts TensorFlow."""
+    workers_strategy()
 
 
-def train(run: Run, settings: TrainSettings, dataset: Dataset, observer: Observer) -> bool:
-    """Add the finished epochs to the run.
+def _on_replicas(norm: str, settings: TrainSettings) -> Run:
+    by_workers = settings.strategy == "multiworker"
+    replicas = settings.replicas_in_sync
+    kind = f" worker{'s' * (replicas > 1)}" if by_workers else ""
+    return Run(f"{norm} × {replicas}{kind}", norm, replicas, [], by_workers=by_workers)
+
+
+def _strategy(run: Run) -> Any:
+    if run.by_workers:
+        return workers_strategy()
+    return one_device_strategy() if run.replicas == 1 else mirrored_strategy(run.replicas)
+
+
+def train(
+    run: Run,
+    settings: TrainSettings,
+    dataset: Dataset,
+    observer: Observer,
+    keep: Callable[[Epoch], None] | None,
+) -> bool:
+    """Train one run, or as one of its workers take part in it.
+
+    Args:
+        run: which.
+        settings: of the job.
+        dataset: the same on all workers.
+        observer: of each step.
+        keep: given each epoch that is finished; None on workers whose epochs nobody reads, which
+            then do not evaluate.
 
     Returns:
         True when all epochs were finished, False when the observer ended the job before.
     """
-    strategy = one_device_strategy() if run.replicas == 1 else mirrored_strategy(run.replicas)
     loop = ClassifierLoop(
-        strategy,
+        _strategy(run),
         lambda: build_model(run.norm, settings, dataset),
         lambda: _make_optimizer(settings),
     )
@@ -120,8 +151,9 @@ def train(run: Run, settings: TrainSettings, dataset: Dataset, observer: Observe
             observer.advance(batch_losses / size)
         score = Score(losses / len(order), hits / len(order))
         seconds = time.perf_counter() - start
-        test = loop.evaluate(dataset.x_test, dataset.y_test)
-        run.epochs.append(Epoch(number, score, test, seconds, loop.weights()))
+        if keep is not None:
+            test = loop.evaluate(dataset.x_test, dataset.y_test)
+            keep(Epoch(number, score, test, seconds, loop.weights()))
     return True
 
 

@@ -6,15 +6,14 @@ import csv
 import dataclasses
 import json
 import math
-import os
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from syncbn.errors import InputError
 from syncbn.training.comparison import REFERENCE, Row, differences
+from syncbn.training.files import written_whole
 from syncbn.training.job import Run
 from syncbn.training.settings import TrainSettings
 
@@ -70,31 +69,10 @@ def write(
     paths = []
     for name, write_file in zip(FILES, writers, strict=True):
         path = folder / name
-        with _written_whole(path) as temporary:
+        with written_whole(path) as temporary:
             write_file(temporary)
         paths.append(path)
     return paths
-
-
-@contextmanager
-def _written_whole(path: Path) -> Iterator[Path]:
-    """A path to write to, which becomes `path` at the end, or nothing if that is not reached."""
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=path.suffix)
-    os.close(descriptor)
-    temporary = Path(name)
-    try:
-        yield temporary
-        # mkstemp allows the owner alone; results get the mode of any new file.
-        temporary.chmod(0o666 & ~_umask())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _write_history(path: Path, runs: list[Run]) -> None:
@@ -148,13 +126,17 @@ def _draw_curves(path: Path, runs: list[Run], moving: list[bool]) -> None:
             "linestyle": "-" if index == 0 else (0, (4, 1 + index)),
             "linewidth": 6.0 / (1 + index),
         }
+        # A line of one point is not seen.
+        style["marker"] = "o" if len(run.epochs) == 1 else ""
         epochs = [epoch.number for epoch in run.epochs]
         axes[0].plot(epochs, [epoch.test.loss for epoch in run.epochs], **style)
         axes[1].plot(epochs, [epoch.test.accuracy for epoch in run.epochs], **style)
         if run in compared and reference is not None:
             gaps = [gap.weights for gap in differences(run, reference, moving)]
             # A logarithmic axis cannot show an exact 0.
-            axes[2].plot(epochs[: len(gaps)], [gap or 1e-17 for gap in gaps], marker="o", **style)
+            axes[2].plot(
+                epochs[: len(gaps)], [gap or 1e-17 for gap in gaps], **{**style, "marker": "o"}
+            )
     axes[0].set(title="Test loss", ylabel="cross-entropy (nats)")
     axes[1].set(title="Test accuracy", ylabel="share of right answers")
     if compared:
@@ -162,7 +144,7 @@ def _draw_curves(path: Path, runs: list[Run], moving: list[bool]) -> None:
     for panel in axes:
         panel.set_xlabel("epoch")
         panel.grid(alpha=0.3)
-        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         panel.legend()
     figure.savefig(path, dpi=120)
 

@@ -21,8 +21,9 @@ class TrainSettings:
         data: "digits", "mnist" or the path of an .npz file.
         model: "mlp" or "convnet".
         norm: "sync", "local" or "keras" (Keras's own synchronization).
-        strategy: "mirrored", or "none" for one device.
-        replicas: devices that train in step, each on its part of the global batch.
+        strategy: "mirrored", "multiworker", or "none" for one device.
+        replicas: devices that train in step, each on its part of the global batch; of "mirrored".
+        workers: processes that do so; of "multiworker".
         epochs: passes over the training examples.
         batch_size: examples in the global batch.
         optimizer: a name that `keras.optimizers.get` knows.
@@ -37,6 +38,7 @@ class TrainSettings:
     norm: str = "sync"
     strategy: str = "mirrored"
     replicas: int = 2
+    workers: int = 2
     epochs: int = 10
     batch_size: int = 32
     optimizer: str = "adam"
@@ -47,13 +49,14 @@ class TrainSettings:
 
     @property
     def replicas_in_sync(self) -> int:
-        """How many replicas train: without a strategy one, whatever `replicas` says."""
-        return self.replicas if self.strategy == "mirrored" else 1
+        """How many replicas train: what the strategy's own setting says, without a strategy one."""
+        return {"mirrored": self.replicas, "multiworker": self.workers}.get(self.strategy, 1)
 
     def check(self) -> None:
         """Raise an InputError for the first value that cannot be meant."""
         for name, value in (
             ("--replicas", self.replicas),
+            ("--workers", self.workers),
             ("--epochs", self.epochs),
             ("--batch-size", self.batch_size),
         ):
@@ -65,8 +68,8 @@ class TrainSettings:
         if self.batch_size < self.replicas_in_sync:
             raise InputError(
                 "--batch-size, which is that of the global batch, must be at least the number of "
-                f"replicas. Received: --batch-size {self.batch_size} for --replicas "
-                f"{self.replicas}. Give a larger batch or fewer replicas."
+                f"{self._kind}. Received: --batch-size {self.batch_size} for --{self._kind} "
+                f"{self.replicas_in_sync}. Give a larger batch or fewer {self._kind}."
             )
         if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
             raise InputError(
@@ -82,6 +85,11 @@ class TrainSettings:
         """Raise an InputError if these data cannot be trained on like this."""
         if len(dataset.x_train) < self.replicas_in_sync:
             raise InputError(
-                f"{dataset.name}: training on {self.replicas_in_sync} replicas needs at least as "
-                f"many images. Received: {len(dataset.x_train)} in x_train. Use fewer replicas."
+                f"{dataset.name}: training on {self.replicas_in_sync} {self._kind} needs at least "
+                f"as many images. Received: {len(dataset.x_train)} in x_train. Use fewer "
+                f"{self._kind}."
             )
+
+    @property
+    def _kind(self) -> str:
+        return "workers" if self.strategy == "multiworker" else "replicas"

@@ -14,6 +14,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from syncbn.errors import WorkerError
+
 __all__ = ["ClassifierLoop", "Score"]
 
 
@@ -24,8 +26,19 @@ class Score(NamedTuple):
     accuracy: float  # share of right answers, 0..1
 
 
+class Batch(NamedTuple):
+    """A global batch, which every worker has whole and of which every replica takes its part."""
+
+    x: Any
+    y: Any
+    full_size: int  # of all batches but the last, which may be smaller
+
+
 class ClassifierLoop:
     """Trains a classifier with `strategy.run`, and evaluates it on one device.
+
+    On several workers all of them make the same calls with the same arrays, except for `evaluate`
+    and `weights`: these need no other worker.
 
     Args:
         strategy: over whose replicas each batch is split.
@@ -47,38 +60,58 @@ class ClassifierLoop:
             lambda x: self.model(x, training=False), input_signature=[images], autograph=False
         ).get_concrete_function()
 
-    def batches(self, x: Any, y: Any, order: Any, batch_size: int) -> Iterator[tuple[Any, int]]:
-        """The examples in that order, in global batches split over the replicas, and their sizes.
+    def batches(self, x: Any, y: Any, order: Any, batch_size: int) -> Iterator[tuple[Batch, int]]:
+        """The examples in that order, in global batches, and their sizes; the last is the rest."""
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            yield Batch(x[chosen], y[chosen], batch_size), len(chosen)
 
-        The last batch is what remains: replicas then hold different numbers, or none.
+    def step(self, batch: Batch, size: int) -> tuple[float, float]:
+        """One step of the optimizer; the sums over the batch of losses and of right answers.
+
+        Raises:
+            WorkerError: another worker is gone.
         """
-        dataset = tf.data.Dataset.from_tensor_slices((x[order], y[order])).batch(batch_size)
-        options = tf.data.Options()
-        options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF
-        distributed = self._strategy.experimental_distribute_dataset(dataset.with_options(options))
         if self._step is None:
             # One trace, for any size of every part. By the sizes of the batches it meets,
             # TensorFlow would trace a ragged one with known sizes on some replicas alone, of which
             # Keras's own synchronization makes different collectives ("Values to regroup").
-            signature = (*distributed.element_spec, tf.TensorSpec((), tf.float32))
-            self._step = tf.function(self._global_step, input_signature=signature)
-        for start, batch in zip(range(0, len(order), batch_size), distributed, strict=True):
-            yield batch, min(batch_size, len(order) - start)
-
-    def step(self, batch: Any, size: int) -> tuple[float, float]:
-        """One step of the optimizer; the sums over the batch of losses and of right answers."""
-        losses, hits = self._step(*batch, tf.constant(size, tf.float32))
+            arrays = [
+                tf.TensorSpec((None, *part.shape[1:]), part.dtype) for part in (batch.x, batch.y)
+            ]
+            numbers = [tf.TensorSpec((), tf.int64), tf.TensorSpec((), tf.float32)]
+            self._step = tf.function(self._global_step, input_signature=[*arrays, *numbers])
+        # Outside of the scope all workers' operations would run on the first one.
+        with self._strategy.scope():
+            arguments = tf.constant(batch.x), tf.constant(batch.y), batch.full_size, float(size)
+            try:
+                losses, hits = self._step(*arguments).numpy()
+            except tf.errors.UnavailableError as error:
+                raise WorkerError(
+                    "A step on several workers requires all of them. Received: a collective that "
+                    "another worker has left. See what that one printed last."
+                ) from error
         return float(losses), float(hits)
 
-    def _global_step(self, x: Any, y: Any, size: Any) -> tuple[Any, Any]:
-        per_replica = self._strategy.run(self._replica_step, args=(x, y, size))
-        losses, hits = (
-            self._strategy.reduce(tf.distribute.ReduceOp.SUM, part, axis=None)
-            for part in per_replica
-        )
-        return losses, hits
+    def _global_step(self, x: Any, y: Any, full_size: Any, size: Any) -> Any:
+        per_replica = self._strategy.run(self._replica_step, args=(x, y, full_size, size))
+        return self._strategy.reduce(tf.distribute.ReduceOp.SUM, per_replica, axis=None)
 
-    def _replica_step(self, x: Any, y: Any, size: Any) -> tuple[Any, Any]:
+    def _own_part(self, x: Any, y: Any, full_size: Any) -> tuple[Any, Any]:
+        """This replica's part of a global batch; of the last one it may be smaller, or empty.
+
+        `experimental_distribute_dataset` with AutoShardPolicy.OFF would give every worker all parts
+        of every batch, one after another.
+        """
+        replicas = self._strategy.num_replicas_in_sync
+        if replicas == 1:
+            return x, y
+        index = tf.cast(tf.distribute.get_replica_context().replica_id_in_sync_group, tf.int64)
+        start, end = (-(-full_size * number // replicas) for number in (index, index + 1))
+        return x[start:end], y[start:end]
+
+    def _replica_step(self, x: Any, y: Any, full_size: Any, size: Any) -> Any:
+        x, y = self._own_part(x, y, full_size)
         variables = self.model.trainable_variables
         with tf.GradientTape() as tape:
             probabilities = self.model(x, training=True)
@@ -96,7 +129,8 @@ class ClassifierLoop:
         hits = tf.equal(
             tf.argmax(probabilities, axis=-1, output_type=tf.int32), tf.cast(y, tf.int32)
         )
-        return total, tf.reduce_sum(tf.cast(hits, tf.float32))
+        # As one tensor, which is added up over the replicas at once.
+        return tf.stack([total, tf.reduce_sum(tf.cast(hits, total.dtype))])
 
     def _overflow_everywhere(self, gradients: list[Any]) -> list[Any]:
         """Make an overflow on one replica one on all: Keras's loss scaling asks each by itself."""
@@ -112,7 +146,8 @@ class ClassifierLoop:
         losses = hits = 0.0
         for start in range(0, len(x), batch_size):
             labels = y[start : start + batch_size]
-            probabilities = self._infer(tf.constant(x[start : start + batch_size])).numpy()
+            with self._strategy.scope():
+                probabilities = self._infer(tf.constant(x[start : start + batch_size])).numpy()
             of_label = probabilities[np.arange(len(labels)), labels].astype(np.float64)
             losses -= float(np.log(np.maximum(of_label, 1e-7)).sum())
             hits += float((probabilities.argmax(axis=-1) == labels).sum())
@@ -120,4 +155,5 @@ class ClassifierLoop:
 
     def weights(self) -> list[Any]:
         """A copy of the model's weights, in Keras's order."""
-        return [np.array(weight) for weight in self.model.get_weights()]
+        with self._strategy.scope():
+            return [np.array(weight) for weight in self.model.get_weights()]

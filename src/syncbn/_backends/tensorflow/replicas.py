@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from syncbn.errors import InputError
 
-__all__ = ["make_virtual_devices", "mirrored_strategy", "one_device_strategy"]
+__all__ = ["make_virtual_devices", "mirrored_strategy", "one_device_strategy", "workers_strategy"]
 
 # Groups of collectives are numbered upwards from a strategy's base; TensorFlow's own tests keep
 # strategies of one process apart by bases this far from each other.
@@ -67,3 +67,9 @@ def mirrored_strategy(replicas: int) -> Any:
 def one_device_strategy() -> Any:
     """TensorFlow's default strategy: one replica, no distribution."""
     return tf.distribute.get_strategy()
+
+
+@functools.cache
+def workers_strategy() -> Any:
+    """The MultiWorkerMirroredStrategy of TF_CONFIG, over what this process sees; one a process."""
+    return tf.distribute.MultiWorkerMirroredStrategy()

@@ -1,0 +1,84 @@
+"""Training that is killed and started again ends with the weights of one that was not."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+
+from tests.multiprocess.cluster import free_ports
+from tests.multiprocess.launching import Launch
+from tests.multiprocess.workers.survivor import EPOCHS, STEPS
+
+pytestmark = pytest.mark.multiprocess
+SURVIVOR = "tests.multiprocess.workers.survivor"
+BOTH, CHIEF, OTHER = [0, 1], [0], [1]
+
+
+def train(folder, kills, restarts):
+    """The final weights and the optimizer's state, and what the launcher said."""
+    folder.mkdir()
+    one = Launch(folder, "", "--workers", "2", "--max-restarts", str(restarts), "--timeout", "60")
+    arguments = [str(folder), json.dumps(kills)]
+    one.command[-1:] = ["-m", SURVIVOR, *arguments]
+    try:
+        result = one.run(60 * (len(kills) + 1))
+    finally:
+        left = one.processes()
+        one.kill_all()
+    assert not left
+    assert result.returncode == 0, result.stderr
+    for step, workers in kills:
+        assert any((folder / f"killed-{step}-{worker}").exists() for worker in workers)
+    with np.load(folder / "final.npz") as arrays:
+        return [arrays[name] for name in arrays.files], result
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    weights, result = train(tmp_path_factory.mktemp("whole") / "run", [], 0)
+    assert f"epochs {EPOCHS}" in result.stdout
+    return weights
+
+
+def assert_same_bits(found, expected):
+    assert len(found) == len(expected) > 10
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_killed_workers_are_resumed_to_the_same_bits(tmp_path, uninterrupted):
+    """The chief, then both at a time; a worker alone is a check of `syncbn selftest`."""
+    rng = random.Random(0)
+    steps = [rng.randrange(epoch * STEPS, (epoch + 1) * STEPS) for epoch in (1, 3)]
+    kills = [*zip(steps, (CHIEF, BOTH), strict=True)]
+    found, result = train(tmp_path / "run", kills, 2)
+    assert result.stderr.count("was killed by SIGKILL (exit code 137)") == 2
+    assert_same_bits(found, uninterrupted)
+
+
+@pytest.mark.survival
+def test_workers_of_two_launchers_are_resumed_together(tmp_path, uninterrupted):
+    """As on two machines: each launcher knows only that a worker of its own has ended."""
+    hosts = ",".join(f"127.0.0.1:{port}" for port in free_ports(2))
+    kills = [(STEPS + 2, OTHER), (2 * STEPS + 5, CHIEF)]
+    launches = []
+    for index in (0, 1):
+        options = ("--hosts", hosts, "--index", str(index), "--max-restarts", "4")
+        one = Launch(tmp_path, "", *options, "--timeout", "60")
+        one.command[-1:] = ["-m", SURVIVOR, str(tmp_path), json.dumps(kills)]
+        launches.append(one)
+    processes = [one.start() for one in launches]
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    with np.load(tmp_path / "final.npz") as arrays:
+        assert_same_bits([arrays[name] for name in arrays.files], uninterrupted)
+
+
+@pytest.mark.survival
+@pytest.mark.parametrize("seed", range(10))
+def test_a_run_killed_at_a_random_step_ends_with_the_same_bits(tmp_path, uninterrupted, seed):
+    rng = random.Random(seed)
+    kills = [(rng.randrange(EPOCHS * STEPS), rng.choice([CHIEF, OTHER, BOTH]))]
+    found, _ = train(tmp_path / "run", kills, 1)
+    assert_same_bits(found, uninterrupted)
