@@ -104,7 +104,8 @@ def test_no_module_imports_to_its_right(path):
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(SOURCE)))
 def test_frameworks_are_imported_in_the_backends_alone(path):
     # The repairs are of Keras's trainer for TensorFlow, and of nothing else.
-    if {"_backends", "multi_worker"} & {*path.parts}:
+    # The selftest is a program that trains; its functions import what they need.
+    if {"_backends", "multi_worker", "selftest"} & {*path.parts}:
         return
     found = {name.split(".")[0] for name in imports_of(path)} & (FRAMEWORKS - {"keras"})
     # The command asks whether TensorFlow is there, to say what to install.
@@ -119,7 +120,8 @@ def test_the_repair_of_keras_hangs_off_keras_alone(path):
     for imported in imports_of(path):
         if inside and imported.startswith("syncbn"):
             assert imported.startswith(("syncbn.errors", "syncbn.multi_worker")), imported
-        elif not inside and path != SOURCE / "__init__.py":
+        # The selftest shows that it works, on the user's cluster.
+        elif not inside and path != SOURCE / "__init__.py" and "selftest" not in path.parts:
             assert not imported.startswith("syncbn.multi_worker"), imported
 
 

@@ -23,7 +23,7 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: list[str] | None = None) -> int:
     """Run `syncbn` with these arguments, by default the process's, and return the exit code."""
-    from syncbn.cli import launch, train
+    from syncbn.cli import launch, selftest, train
 
     parser = _Parser(
         prog="syncbn",
@@ -34,6 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     train.add_parser(commands)
     launch.add_parser(commands)
+    selftest.add_parser(commands)
     parsed = parser.parse_args(arguments)
     try:
         return int(parsed.run(parsed))

@@ -22,9 +22,8 @@ from syncbn.multi_worker import switch
 from syncbn.multi_worker.progress import progress
 from syncbn.multi_worker.replicas import is_multi_worker, worker_index
 
-__all__ = ["Board", "Worker", "agree", "board_of", "exchange"]
+__all__ = ["Board", "Worker", "agree", "board_of", "exchange", "workers_of"]
 
-DEFAULT_TIMEOUT = 120.0
 POLL = 0.2  # seconds between two looks at what a missing worker does
 UNREACHABLE = (
     tf.errors.UnavailableError,
@@ -50,7 +49,7 @@ class Worker:
 def timeout() -> float:
     """Seconds that one worker waits for another."""
     enabled = switch.active()
-    return enabled.timeout if enabled is not None else DEFAULT_TIMEOUT
+    return enabled.timeout if enabled is not None else switch.default_timeout()
 
 
 class Board:
@@ -247,6 +246,17 @@ class Board:
 _boards: dict[tuple[Worker, ...], Board] = {}
 
 
+def workers_of(spec: Any) -> list[Worker]:
+    """Those of a ClusterSpec, in the order of their numbers."""
+    workers = [
+        Worker(multi_worker_util.id_in_cluster(spec, job, task), job, task, address)
+        for job in ("chief", "worker")
+        if job in spec.jobs
+        for task, address in enumerate(spec.job_tasks(job))
+    ]
+    return sorted(workers, key=lambda worker: worker.index)
+
+
 def board_of(strategy: Any) -> Board | None:
     """The board of this process, or None where the strategy has one worker.
 
@@ -256,14 +266,7 @@ def board_of(strategy: Any) -> Board | None:
     """
     if not is_multi_worker(strategy):
         return None
-    spec = strategy.extended._cluster_spec
-    workers = [
-        Worker(multi_worker_util.id_in_cluster(spec, job, task), job, task, address)
-        for job in ("chief", "worker")
-        if job in spec.jobs
-        for task, address in enumerate(spec.job_tasks(job))
-    ]
-    workers.sort(key=lambda worker: worker.index)
+    workers = workers_of(strategy.extended._cluster_spec)
     if len(workers) < 2:
         return None
     if tuple(workers) not in _boards:

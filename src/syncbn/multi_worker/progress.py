@@ -24,7 +24,8 @@ class Progress:
     `in_callback`: whether a callback is running, which may be on this worker alone. `batches`: the
     number of the batch that this process is in, or can no longer avoid. `asks`: how many requests
     to stop it knows of. `beats`: steps within one call of TensorFlow. `is_creating`: whether a
-    variable is being made, outside of operations.
+    variable is being made, outside of operations. `in_collective`: whether the watching thread has
+    just seen a custom loop within a call that waits for others; `line`: where that loop was.
     """
 
     def __init__(self) -> None:
@@ -36,6 +37,8 @@ class Progress:
         self.batches = 1
         self.beats = 0
         self.is_creating = False
+        self.in_collective = False
+        self.line: str | None = None
         self.asks = 0
         self.epoch: int | None = None
         self._words: tuple[Any, ...] = ("nothing yet",)
@@ -93,9 +96,17 @@ class Progress:
         """Whether this process does what needs the others: not what a callback does alone."""
         return self.is_creating or (self.depth > 0 and not self.in_callback)
 
+    def is_custom(self) -> bool:
+        """Whether this process is in code of its own, in none of Keras's operations."""
+        return self.depth == 0 and not self.is_creating
+
+    def frame(self) -> FrameType | None:
+        """The innermost frame of the working thread."""
+        return sys._current_frames().get(self._thread)
+
     def place(self) -> tuple[int, ...]:
         """Where the working thread is: the same twice while it waits within one call."""
-        frame = sys._current_frames().get(self._thread)
+        frame = self.frame()
         position = () if frame is None else (id(frame), frame.f_lasti)
         return self.phase, self.beats, *position
 
@@ -113,7 +124,10 @@ class Progress:
     def words(self) -> str:
         """What this process is doing, from what it noted and from its stack."""
         noted = " ".join(str(word) for word in self._words)
-        found = callback_in(sys._current_frames().get(self._thread))
+        if self.is_custom() and self.line:
+            # What was noted is long ago, but for the operation that it is after.
+            return f"{self.line}, {noted}" if noted.startswith("after") else self.line
+        found = callback_in(self.frame())
         return f"{noted}, in callback {found}" if found else noted
 
     def record(self) -> dict[str, Any]:
@@ -123,6 +137,7 @@ class Progress:
             "operation": self.operation,
             "failed": self.failed,
             "asks": self.asks,
+            "in_collective": self.in_collective,
             "words": self.words(),
         }
 

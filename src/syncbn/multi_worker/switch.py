@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 import threading
 from collections.abc import Iterable
 from types import TracebackType
@@ -11,7 +13,10 @@ from syncbn.errors import InputError, RepairError
 from syncbn.multi_worker.catalogue import REPAIRS
 from syncbn.multi_worker.repair import Applied
 
-__all__ = ["MultiWorker", "enable_multi_worker"]
+__all__ = ["MultiWorker", "default_timeout", "enable_multi_worker"]
+
+DEFAULT_TIMEOUT = 120.0
+TIMEOUT_VARIABLE = "SYNCBN_TIMEOUT"
 
 
 class MultiWorker:
@@ -99,7 +104,30 @@ def active() -> MultiWorker | None:
     return _active
 
 
-def enable_multi_worker(*, without: Iterable[str] = (), timeout: float = 120.0) -> MultiWorker:
+def default_timeout() -> float:
+    """Seconds that one worker waits for another where the program does not say.
+
+    Raises:
+        InputError: the environment variable is no positive number.
+    """
+    text = os.environ.get(TIMEOUT_VARIABLE)
+    if text is None:
+        return DEFAULT_TIMEOUT
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise InputError(
+            f"The environment variable {TIMEOUT_VARIABLE} requires seconds, more than 0. "
+            f"Received: {text!r}. Set another number, or unset it for {DEFAULT_TIMEOUT:g}."
+        )
+    return seconds
+
+
+def enable_multi_worker(
+    *, without: Iterable[str] = (), timeout: float | None = None
+) -> MultiWorker:
     """Make Keras's training on several replicas and workers give what one device gives.
 
     Under `tf.distribute`, `fit`, `evaluate`, `predict` and their kin, of models with any layers,
@@ -115,14 +143,15 @@ def enable_multi_worker(*, without: Iterable[str] = (), timeout: float = 120.0) 
         without: names of repairs to leave out, where Keras's own rule is wanted:
             `without=["seeds"]` draws the same dropout mask on every replica.
         timeout: seconds that one worker waits for another, in a step, a checkpoint or a new
-            variable, before it raises a WorkerError which names it.
+            variable, and at the start, before it raises a WorkerError which names it. By default
+            those of the environment variable SYNCBN_TIMEOUT, which `syncbn launch` sets, else 120.
 
     Returns:
         The repairs in effect: `applied`, `not_needed`, `undo()`.
 
     Raises:
-        InputError: there is no repair of such a name; the timeout is not positive; it is in effect
-            already with other arguments.
+        InputError: there is no repair of such a name; the timeout, or SYNCBN_TIMEOUT, is not
+            positive; it is in effect already with other arguments.
         RepairError: a repair cannot tell whether this Keras needs it. Keras is left as it was.
 
     Examples:
@@ -138,9 +167,11 @@ def enable_multi_worker(*, without: Iterable[str] = (), timeout: float = 120.0) 
             "`without` requires names of repairs. "
             f"Received: {sorted(unknown)}. There are: {[repair.name for repair in REPAIRS]}."
         )
-    if not timeout > 0:
+    if timeout is not None and not 0 < timeout < math.inf:
         raise InputError(f"`timeout` requires seconds, more than 0. Received: {timeout}.")
     with _lock:
+        if timeout is None:
+            timeout = default_timeout() if _active is None else _active.timeout
         if _active is None:
             enabled = MultiWorker(left_out, timeout)
             enabled._apply()

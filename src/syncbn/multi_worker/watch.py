@@ -11,6 +11,7 @@ from tensorflow.python.eager import context as tf_context
 
 from syncbn.errors import WorkerError
 from syncbn.multi_worker.board import Board, Worker, timeout
+from syncbn.multi_worker.collective_calls import is_in_collective, line_in
 from syncbn.multi_worker.progress import progress
 from syncbn.multi_worker.stopping import Stops
 
@@ -36,6 +37,7 @@ class Watch:
         self._place: tuple[int, ...] = ()
         self._since = time.monotonic()
         self._suspects: set[int] = set()
+        self._away: dict[int, float] = {}  # since when a peer was seen in no collective
         self._thread = threading.Thread(target=self._run, name="syncbn-watch", daemon=True)
 
     def start(self) -> None:
@@ -60,7 +62,7 @@ class Watch:
         except (WorkerError, tf.errors.OpError) as error:
             # The board is lost, and with it whatever could be watched: at the end of a program
             # that is nobody's loss.
-            if progress.depth and not self._ended.is_set():
+            if (progress.depth or progress.in_collective) and not self._ended.is_set():
                 self._abort(str(error))
 
     def _turn(self) -> None:
@@ -68,18 +70,47 @@ class Watch:
         if place != self._place:
             self._place, self._since = place, time.monotonic()
             self._suspects.clear()
+            self._away.clear()
+        self._look_at_own_loop()
         self.board.publish()
-        watched = progress.depth or progress.is_creating
+        watched = progress.depth or progress.is_creating or progress.in_collective
         if watched and self.verdict is None and self.stuck_for() >= PATIENCE:
             for peer in self.board.peers:
                 self._look_at(peer)
             if progress.is_waiting() and self.stuck_for() >= timeout():
                 self._abort(self._late())
+            elif progress.in_collective and self.stuck_for() >= timeout():
+                self._abort_if_others_are_away()
             # Many workers that all look at all others would keep the chief busy.
             self._ended.wait(len(self.board.peers) / 32)
 
+    def _look_at_own_loop(self) -> None:
+        """What a custom loop does: it advances no phase, and its stack is all that is known."""
+        custom = progress.is_custom()
+        frame = progress.frame() if custom else None
+        progress.in_collective = custom and is_in_collective(frame)
+        progress.line = line_in(frame) if custom else None
+
+    def _abort_if_others_are_away(self) -> None:
+        """Where this process waits in a collective, and a peer was in none for the timeout.
+
+        Being long in a call with collectives is no sign by itself: a loop over a whole epoch may be
+        one call. A peer that is in such a call, too, is taken to be in the same.
+        """
+        now = time.monotonic()
+        away = [
+            peer for peer in self.board.peers if now - self._away.get(peer.index, now) >= timeout()
+        ]
+        if away:
+            words = [f"{peer} is late, last seen {self.board.last_seen(peer)}" for peer in away]
+            self._abort(f"{'; '.join(words)}, in no collective for {timeout():g} s")
+
     def _look_at(self, peer: Worker) -> None:
         record = self.board.look_at(peer)
+        if record is None or record["in_collective"]:
+            self._away.pop(peer.index, None)
+        else:
+            self._away.setdefault(peer.index, time.monotonic())
         if record and record["asks"] > progress.asks:
             self.stops.answer(record["asks"])
         if record and record["failed"] and record["failed"][0] == progress.operation:

@@ -14,11 +14,15 @@ from typing import Any
 
 import tensorflow as tf
 from keras.src.backend.tensorflow.trainer import TensorFlowTrainer
+from tensorflow.python.distribute import multi_worker_util
+from tensorflow.python.distribute.collective_all_reduce_strategy import CollectiveAllReduceExtended
+from tensorflow.python.eager import context as tf_context
 from tensorflow.python.ops import collective_ops
 
 from syncbn.errors import WorkerError
 from syncbn.multi_worker import watch
-from syncbn.multi_worker.board import Board, Worker, board_of
+from syncbn.multi_worker.board import Board, Worker, board_of, timeout, workers_of
+from syncbn.multi_worker.meeting import meet
 from syncbn.multi_worker.operations import OPERATIONS
 from syncbn.multi_worker.progress import progress
 from syncbn.multi_worker.repair import Patch, source_probe
@@ -47,12 +51,32 @@ def is_needed() -> bool:
 
 
 def patches() -> list[Patch]:
-    """The broadcasts of new variables, and the operations of the trainer."""
+    """The start of a strategy, the broadcasts of new variables, the operations of the trainer."""
     return [
+        Patch(CollectiveAllReduceExtended, "_initialize_multi_worker", _meeting),
         Patch(collective_ops, "broadcast_send", _watched),
         Patch(collective_ops, "broadcast_recv", _watched),
         *(Patch(TensorFlowTrainer, name, _naming(name)) for name in OPERATIONS),
     ]
+
+
+def _meeting(original: Callable[..., Any]) -> Callable[..., Any]:
+    """All workers meet before TensorFlow's server waits for them, for an hour and deaf."""
+
+    @functools.wraps(original)
+    def _initialize_multi_worker(extended: Any, cluster_resolver: Any) -> None:
+        context = tf_context.context()
+        # Only the first strategy of a process starts a server; too late, it says so itself.
+        if not context._initialized and tf.executing_eagerly():
+            spec = multi_worker_util.normalize_cluster_spec(cluster_resolver.cluster_spec())
+            kind, task = cluster_resolver.task_type, cluster_resolver.task_id
+            workers = workers_of(spec)
+            own = [w.index for w in workers if (w.job, w.task) == (kind, task)]
+            if own and len(workers) > 1:
+                meet([worker.address for worker in workers], own[0], timeout())
+        original(extended, cluster_resolver)
+
+    return _initialize_multi_worker
 
 
 def _watched(original: Callable[..., Any]) -> Callable[..., Any]:

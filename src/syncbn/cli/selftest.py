@@ -1,0 +1,71 @@
+"""`syncbn selftest`: the proof, on the user's own machines."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+from syncbn.cli.launch import add_cluster_options, cluster_settings
+from syncbn.launch import LaunchSettings, launch
+
+__all__ = ["add_parser"]
+
+_DESCRIPTION = """\
+Train on several workers and compare with NumPy in float64, which shares no code with the library:
+
+  layer   SyncBatchNormalization in strategy.run, unequal and empty batches, large means
+  fit     Keras's fit, with a last batch that does not divide
+  uneven  workers with unequal numbers of batches
+  soak    memory, threads and open files over many steps
+  resume  a worker that is killed; the group is started again, to the same bytes
+
+The exit code is 0 only if all of them passed on all workers. Where something else starts the
+workers (Slurm, Kubernetes), run `python -m syncbn.selftest` as each of them.
+"""
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command and its options."""
+    parser = commands.add_parser(
+        "selftest",
+        help="show that training on this machine's or cluster's workers gives what NumPy gives",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--only", metavar="NAMES", help="checks, by commas (default: all)")
+    add("--steps", type=int, default=300, metavar="N", help="of the check soak (default: 300)")
+    add_cluster_options(add)
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Launch the workers, then the trainings of `resume`; 0 if everything passed."""
+    from syncbn.selftest.checks import RESUME, check_steps, selected
+
+    check_steps(arguments.steps)
+    checks = selected(arguments.only, RESUME)
+    settings = cluster_settings(arguments)
+    settings.check()
+    status = 0
+    in_workers = [check.name for check in checks if check.name != RESUME.name]
+    if in_workers:
+        options = ["--only", ",".join(in_workers), "--steps", str(arguments.steps)]
+        status = launch([sys.executable, "-m", "syncbn.selftest", *options], settings)
+    if RESUME in checks:
+        if settings.hosts is not None:
+            print("resume  left out: it is for the workers of one machine", flush=True)
+        else:
+            status = _resume(settings) or status
+    return status
+
+
+def _resume(settings: LaunchSettings) -> int:
+    from syncbn.selftest.checks import RESUME, line
+    from syncbn.selftest.resume import findings
+
+    found = findings(settings)
+    passed = all(finding.holds for finding in found)
+    print(line(RESUME, "; ".join(map(str, found)), passed), flush=True)
+    return 0 if passed else 1
