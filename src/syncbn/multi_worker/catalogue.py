@@ -60,6 +60,12 @@ REPAIRS: tuple[Repair, ...] = (
         f"{_HERE}.seeds",
     ),
     Repair(
+        "instance-keys",
+        "memory grows with every collective of every step",
+        "https://github.com/tensorflow/tensorflow/issues/42616",
+        f"{_HERE}.instance_keys",
+    ),
+    Repair(
         "named-timeouts",
         "collectives wait for ever for a worker that is gone, and do not say for which",
         _NONE_KNOWN,

@@ -17,6 +17,7 @@ import keras
 import tensorflow as tf
 from keras.src import tree
 
+from syncbn.multi_worker.replicas import SAME_SHAPE
 from syncbn.multi_worker.share import Path, current_share, sharing
 
 __all__ = ["ReportingStep"]
@@ -75,7 +76,8 @@ class ReportingStep:
         """The results of the global batch, nested as the step's outputs are."""
 
         def total(value: Any) -> Any:
-            return strategy.reduce(tf.distribute.ReduceOp.SUM, value, axis=None)
+            with tf.name_scope(SAME_SHAPE):
+                return strategy.reduce(tf.distribute.ReduceOp.SUM, value, axis=None)
 
         values = {}
         if report.averaged:

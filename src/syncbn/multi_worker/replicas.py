@@ -9,6 +9,7 @@ import tensorflow as tf
 from syncbn.errors import NotSynchronizableError
 
 __all__ = [
+    "SAME_SHAPE",
     "in_replica",
     "is_multi_worker",
     "local_replica_count",
@@ -17,6 +18,9 @@ __all__ = [
     "worker_count",
     "worker_index",
 ]
+
+# The name scope of sums of tensors whose shape depends on no batch; see repairs/instance_keys.py.
+SAME_SHAPE = "same_shape_on_every_replica"
 
 
 def replica_count(strategy: Any = None) -> int:
@@ -54,7 +58,7 @@ def worker_index(strategy: Any) -> int:
 def sum_over_replicas(value: Any) -> Any:
     """The sum of every replica's tensor (or of each of a list of them), on each replica.
 
-    For numbers, of which no gradient is asked. Within one process they are added up on the first
+    For numbers and values of variables, of which no gradient is asked. Within one process they are added up on the first
     device: a collective, which is made for gradients, takes several times as long.
 
     Raises:
@@ -64,7 +68,8 @@ def sum_over_replicas(value: Any) -> Any:
     # What is read from a variable may not say on which device it is, which the collective asks.
     placed = tf.nest.map_structure(tf.identity, value)
     if is_multi_worker(context.strategy):
-        return context.all_reduce(tf.distribute.ReduceOp.SUM, placed)
+        with tf.name_scope(SAME_SHAPE):
+            return context.all_reduce(tf.distribute.ReduceOp.SUM, placed)
 
     def add(strategy: Any, *values: Any) -> Any:
         return [tf.add_n(strategy.experimental_local_results(value)) for value in values]

@@ -15,6 +15,7 @@ from syncbn.groups import Groups
 from syncbn.moments import Moments, merge_table, pack_row, pack_sums, unpack_sums
 
 __all__ = [
+    "SAME_SHAPE",
     "Exchanged",
     "check_owner",
     "exchange",
@@ -23,6 +24,10 @@ __all__ = [
     "sum_over_group",
     "sum_over_replicas",
 ]
+
+# By this name scope the repair of TensorFlow's growing memory knows sums of vectors whose length
+# depends on no batch; it is syncbn.multi_worker's, which stands apart and can go away.
+SAME_SHAPE = "same_shape_on_every_replica"
 
 
 def replica_count() -> int:
@@ -95,7 +100,8 @@ def sum_over_replicas(vector: Any) -> Any:
         # tf.vectorized_map, by the scope it traces in: its loop of collectives would hang.
         raise NotSynchronizableError(_outside_of_run("tf.vectorized_map", graph))
     try:
-        total = context.all_reduce(tf.distribute.ReduceOp.SUM, vector)
+        with tf.name_scope(SAME_SHAPE):
+            total = context.all_reduce(tf.distribute.ReduceOp.SUM, vector)
     except RuntimeError as error:
         if "merge_call" not in str(error):
             raise
