@@ -77,6 +77,44 @@ def children_of(process):
     )
 
 
+def test_workers_end_with_the_supervisor_even_where_the_launcher_cannot_act(launch):
+    one = launch(START + "ready(); time.sleep(60)")
+    process = one.start()
+    assert wait_until(all_ready(one))
+    process.send_signal(signal.SIGSTOP)
+    os.kill(children_of(process.pid)[0], signal.SIGKILL)
+    assert wait_until(lambda: len(one.processes()) == 1)
+    process.send_signal(signal.SIGCONT)
+    process.communicate(timeout=20)
+
+
+def test_a_process_whose_parent_has_ended_before_ends(launch):
+    one = launch("from syncbn.launch.reaping import tie_to_parent; tie_to_parent(-1)")
+    one.command[1:] = ["program.py"]
+    assert one.run(30).returncode == -signal.SIGKILL
+
+
+def test_a_fork_of_the_caller_does_not_hide_its_end(launch):
+    """It inherits the pipe whose closing tells the supervisor."""
+    one = launch(START + "ready(); time.sleep(60)")
+    code = textwrap.dedent("""
+        import os, sys, threading, time
+        from syncbn.launch import LaunchSettings, launch
+        command = [sys.executable, "program.py"]
+        threading.Thread(target=launch, args=(command, LaunchSettings())).start()
+        while not os.path.exists("ready1-0"): time.sleep(0.01)
+        os.fork() and open("forked", "w")
+        time.sleep(60)
+    """)
+    one.command[1:] = ["-c", code]
+    process = one.start()
+    assert wait_until(lambda: all_ready(one)() and (one.folder / "forked").exists())
+    process.kill()
+    assert wait_until(lambda: len(one.processes()) == 1)
+    one.kill_all()
+    process.communicate(timeout=20)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_a_reader_that_reads_no_more_keeps_nobody_alive(launch, number):
     one = launch(START + "ready()\nwhile True: print('x' * 200)")

@@ -190,6 +190,18 @@ def test_marks_of_launches_within_launches_are_all_kept():
     assert environment[MARK] == "outer:inner"
 
 
+def test_a_chief_that_is_killed_leaves_the_terminal_as_it_was(pipe):
+    channel, written = pipe
+    screen = Screen(hidden=("I0000 ",))
+    screen.live(channel, 0, "\x1b[?25l\r1/3 ━━")  # as rich's bars hide the cursor
+    screen.close()
+    assert written() == "[0] \x1b[?25l\r1/3 ━━\n\x1b[?25h"
+    screen.live(channel, 0, "I0000 half of a no")
+    screen.close()
+    screen.live(channel, 0, "the next chief\n")
+    assert written() == "[0] the next chief\n"
+
+
 def test_a_line_that_never_ends_is_given_in_parts():
     lines = Lines()
     parts = [part for _ in range(20) for part in lines.feed("\r" * (not lines.rest) + "x" * 9000)]

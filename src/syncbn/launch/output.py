@@ -28,6 +28,8 @@ _LONGEST = 1 << 16
 _PIECE = 512
 _LOOK = 0.1  # seconds between two looks whether all is to end, while nobody reads
 _PATIENCE = 1.0  # seconds that a reader then has
+_SHOW_CURSOR = "\x1b[?25h"
+_CURSOR = {"\x1b[?25l": set[int].add, _SHOW_CURSOR: set[int].discard}
 _HEADING = re.compile(r"Epoch \d+/\d+")  # what Keras writes above a bar
 
 
@@ -136,6 +138,7 @@ class Screen:
         self._hiding = False  # whether a line of the terminal that is left out goes on
         self._bar = ""  # what stands in the terminal's last line
         self._bar_channel = 2
+        self._hidden_cursor: set[int] = set()  # the channels where a bar has hidden it
         self._lost: set[int] = set()
 
     def line(self, channel: int, worker: int, line: str) -> None:
@@ -147,6 +150,9 @@ class Screen:
 
     def live(self, channel: int, worker: int, text: str) -> None:
         """A piece of what a worker writes to its terminal."""
+        for sequence, change in _CURSOR.items():
+            if sequence in text:
+                change(self._hidden_cursor, channel)
         pieces = text.split("\n")
         for number, piece in enumerate(pieces):
             end = "\n" if number < len(pieces) - 1 else ""
@@ -168,9 +174,12 @@ class Screen:
         self._write(2, f"{text}\n")
 
     def close(self) -> None:
-        """Leave the terminal at the start of a line."""
+        """Leave the terminal at the start of a line, with a cursor, however the chief ended."""
         if self._bar:
             self._raw(self._bar_channel, "\n")
+        for channel in self._hidden_cursor:
+            self._raw(channel, _SHOW_CURSOR)
+        self._hidden_cursor.clear()
         self._bar = ""
         self._hiding = False
 
