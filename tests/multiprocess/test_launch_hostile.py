@@ -115,6 +115,30 @@ def test_a_fork_of_the_caller_does_not_hide_its_end(launch):
     process.communicate(timeout=20)
 
 
+def test_where_processes_cannot_be_looked_at_their_groups_are_ended(launch):
+    """As on macOS."""
+    program = "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']); ready()"
+    one = launch(START + program)
+    blind = (
+        "import pathlib, sys; from syncbn.launch import reaping, supervisor\n"
+        "reaping._PROCESSES = pathlib.Path('/nowhere'); sys.exit(supervisor.main())"
+    )
+    code = textwrap.dedent(f"""
+        import subprocess, sys
+        from syncbn.launch import LaunchSettings, front, launch
+        front._start_supervisor = lambda: subprocess.Popen(
+            [sys.executable, "-c", {blind!r}], stdin=subprocess.PIPE, start_new_session=True
+        )
+        sys.exit(launch([sys.executable, "program.py"], LaunchSettings()))
+    """)
+    one.command[1:] = ["-c", code]
+    process = one.start()
+    process.communicate(timeout=30)
+    assert process.returncode == 0
+    assert all_ready(one)()
+    assert wait_until(lambda: not one.processes())
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_a_reader_that_reads_no_more_keeps_nobody_alive(launch, number):
     one = launch(START + "ready()\nwhile True: print('x' * 200)")

@@ -5,6 +5,8 @@ import json
 import os
 import pathlib
 import socket
+import subprocess
+import sys
 import threading
 import time
 
@@ -188,6 +190,13 @@ def test_a_screen_whose_reader_has_gone_is_written_to_no_more():
 def test_marks_of_launches_within_launches_are_all_kept():
     environment = with_mark(with_mark({}, "outer"), "inner")
     assert environment[MARK] == "outer:inner"
+
+
+def test_where_there_is_no_posix_the_other_commands_work():
+    code = "import sys; sys.modules.update(dict.fromkeys(('fcntl', 'pty', 'termios')))\n"
+    code += "from syncbn.cli import main; main(['launch', '--help'])"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
+    assert shown.returncode == 0, shown.stderr.decode()
 
 
 def test_a_chief_that_is_killed_leaves_the_terminal_as_it_was(pipe):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from syncbn.errors import InputError
-from syncbn.launch import LaunchSettings, launch
+from syncbn.launch import LaunchSettings
 
 __all__ = ["add_cluster_options", "add_parser", "cluster_settings"]
 
@@ -119,6 +119,8 @@ def cluster_settings(arguments: argparse.Namespace) -> LaunchSettings:
 
 def run(arguments: argparse.Namespace) -> int:
     """Start the workers; the exit code is theirs."""
+    from syncbn.launch import launch
+
     settings = cluster_settings(arguments)
     settings.check()
     return launch(_command(arguments), settings)

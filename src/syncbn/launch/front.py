@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import subprocess
 import sys
@@ -44,10 +43,8 @@ def launch(command: Sequence[str], settings: LaunchSettings) -> int:
         never came up; 130 after Ctrl-C; 2 for settings that this machine cannot serve.
 
     Raises:
-        InputError: settings that cannot be meant, or no Linux or macOS.
+        InputError: settings that cannot be meant, or no process to be had.
     """
-    if os.name != "posix":
-        raise InputError(f"syncbn launch requires Linux or macOS. Received: {sys.platform}.")
     settings.check()
     order = Order(list(command), settings, new_mark())
     with _children_are_waited_for(), _signals_held() as let_go:
