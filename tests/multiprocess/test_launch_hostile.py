@@ -159,14 +159,29 @@ def test_a_process_that_ignores_sigchld_is_told_the_truth(launch):
     assert result.returncode == 3, result.stderr
 
 
+def test_a_hang_up_that_is_ignored_is_not_handed_on(launch):
+    one = launch(START + "ready()\nwhile not os.path.exists('go'): time.sleep(0.05)")
+    process = one.start(preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    assert wait_until(all_ready(one))
+    process.send_signal(signal.SIGHUP)
+    time.sleep(0.5)
+    (one.folder / "go").touch()
+    process.communicate(timeout=20)
+    assert process.returncode == 0
+
+
 def test_without_any_output_it_runs_as_well(launch):
     one = launch(
         START + "print('x' * 100); print('y', file=sys.stderr); ready(); sys.exit(RANK * 4)"
     )
+    one.command[-1:-1] = ["--log-dir", "logs"]
     script = 'exec "$@" <&- >&- 2>&-'
     one.command[:0] = ["/bin/sh", "-c", script, "sh"]
     assert one.run(30).returncode == 4
     assert all_ready(one)()
+    # A file that took the number of standard output would have the screen's lines as well.
+    for log in (one.folder / "logs").iterdir():
+        assert "[" not in log.read_text()
 
 
 def test_a_signal_before_anything_has_started_is_not_lost(launch):

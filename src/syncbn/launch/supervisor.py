@@ -11,7 +11,6 @@ import contextlib
 import json
 import os
 import shlex
-import signal
 import socket
 import sys
 import time
@@ -65,7 +64,6 @@ def receive(descriptor: int) -> Order:
 def main() -> int:
     """Run what `launch()` ordered; the exit code is the launcher's."""
     _open_what_is_closed()
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, it would take the exit codes away
     control = Control(0)
     adopt_orphans()
     order = receive(0)
