@@ -1,16 +1,24 @@
 """The parts of the launcher that are pure: the cluster, shares of a machine, what is shown."""
 
+import fcntl
 import json
 import os
+import pathlib
+import socket
+import subprocess
+import sys
+import threading
+import time
 
 import pytest
 
 from syncbn.errors import InputError
-from syncbn.launch import ClusterSpec, LaunchSettings
+from syncbn.launch import ClusterSpec, LaunchSettings, arrival
 from syncbn.launch.output import LAST_LINES, Lines, Log, Screen, is_progress, settled
 from syncbn.launch.reaping import MARK, with_mark
 from syncbn.launch.resources import backend, device_environment, thread_environment, visible_gpus
 from syncbn.launch.spec import parse_hosts, split_address
+from syncbn.launch.worker import has_data
 
 
 def test_workers_of_several_hosts_are_numbered_machine_by_machine():
@@ -182,3 +190,86 @@ def test_a_screen_whose_reader_has_gone_is_written_to_no_more():
 def test_marks_of_launches_within_launches_are_all_kept():
     environment = with_mark(with_mark({}, "outer"), "inner")
     assert environment[MARK] == "outer:inner"
+
+
+def test_where_there_is_no_posix_the_other_commands_work():
+    code = "import sys; sys.modules.update(dict.fromkeys(('fcntl', 'pty', 'termios')))\n"
+    code += "from syncbn.cli import main; main(['launch', '--help'])"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
+    assert shown.returncode == 0, shown.stderr.decode()
+
+
+def test_a_chief_that_is_killed_leaves_the_terminal_as_it_was(pipe):
+    channel, written = pipe
+    screen = Screen(hidden=("I0000 ",))
+    screen.live(channel, 0, "\x1b[?25l\r1/3 ━━")  # as rich's bars hide the cursor
+    screen.close()
+    assert written() == "[0] \x1b[?25l\r1/3 ━━\n\x1b[?25h"
+    screen.live(channel, 0, "I0000 half of a no")
+    screen.close()
+    screen.live(channel, 0, "the next chief\n")
+    assert written() == "[0] the next chief\n"
+
+
+def test_a_line_that_never_ends_is_given_in_parts():
+    lines = Lines()
+    parts = [part for _ in range(20) for part in lines.feed("\r" * (not lines.rest) + "x" * 9000)]
+    assert parts
+    assert len(lines.rest) < 100_000
+
+
+def test_a_disk_that_is_full_is_told_once_and_ends_nothing():
+    told = []
+    with pathlib.Path("/dev/full").open("wb", buffering=0) as full:
+        log = Log(full, told.append)
+        log.begin("start")
+        log.add("a line")
+    assert list(log.last) == ["a line"]
+    (message,) = told
+    assert "No space left on device at /dev/full" in message
+
+
+def test_a_reader_that_reads_no_more_is_not_waited_for_at_the_end():
+    reader, writer = os.pipe()
+    looked = []
+    screen = Screen(is_ending=lambda: bool(looked.append(None) or len(looked) > 1))
+    screen.line(writer, 0, "x" * (1 << 20))  # more than any pipe holds
+    assert len(looked) == 2
+    screen.line(writer, 0, "lost")
+    os.close(writer)
+    os.close(reader)
+
+
+def test_descriptors_beyond_those_of_select_are_looked_at():
+    """With 300 workers there are more than 1023."""
+    reader, writer = os.pipe()
+    far = fcntl.fcntl(reader, fcntl.F_DUPFD, 1100)
+    assert not has_data(far)
+    os.write(writer, b"x")
+    assert has_data(far)
+    for descriptor in (reader, writer, far):
+        os.close(descriptor)
+
+
+def test_a_slow_server_for_names_holds_nothing_up(monkeypatch):
+    answer = threading.Event()
+    found = socket.getaddrinfo
+
+    def slow(host, *arguments, flags=0, **options):
+        if not flags:
+            answer.wait(30)
+            raise socket.gaierror(socket.EAI_NONAME, "no such name")
+        return found(host, *arguments, flags=flags, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", slow)
+    monkeypatch.setattr(arrival, "_PERIOD", 0)
+    looking = arrival.Arrival(ClusterSpec(("nowhere:1",), "nowhere:2", 1), 10)
+    looking.look()  # would wait here
+    assert looking.found(0) == "its name is being looked up"
+    answer.set()
+    for _ in range(100):
+        looking.look()
+        if looking.found(0) == "no such name":
+            break
+        time.sleep(0.05)
+    assert looking.found(0) == "no such name"

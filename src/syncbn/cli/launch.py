@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from syncbn.errors import InputError
-from syncbn.launch import LaunchSettings, launch
+from syncbn.launch import LaunchSettings
 
 __all__ = ["add_cluster_options", "add_parser", "cluster_settings"]
 
@@ -37,8 +37,13 @@ def add_parser(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("program", metavar="FILE.py", help="the program, as `python FILE.py` would run it")
-    add("arguments", nargs=argparse.REMAINDER, metavar="ARGUMENTS", help="the program's own")
+    # One with all that follows: of two argparse would take a -- of the program's for its own.
+    add(
+        "program",
+        nargs=argparse.PARSER,
+        metavar="FILE.py",
+        help="the program, as `python FILE.py` would run it, and its own arguments",
+    )
     add("-m", "--module", action="store_true", help="the program is a module: `python -m MODULE`")
     add_cluster_options(add)
     add(
@@ -114,17 +119,22 @@ def cluster_settings(arguments: argparse.Namespace) -> LaunchSettings:
 
 def run(arguments: argparse.Namespace) -> int:
     """Start the workers; the exit code is theirs."""
+    from syncbn.launch import launch
+
     settings = cluster_settings(arguments)
     settings.check()
     return launch(_command(arguments), settings)
 
 
 def _command(arguments: argparse.Namespace) -> list[str]:
+    given = arguments.program
+    program, *own = given[1:] if given[0] == "--" and len(given) > 1 else given
     if arguments.module:
-        return [sys.executable, "-m", arguments.program, *arguments.arguments]
-    if not Path(arguments.program).is_file():
+        return [sys.executable, "-m", program, *own]
+    if not Path(program).is_file():
         raise InputError(
             "syncbn launch requires a Python file, or a module after -m. Received: "
-            f"{arguments.program!r}, which is not a file. Check the path, or add -m."
+            f"{program!r}, which is not a file. Check the path, or add -m."
         )
-    return [sys.executable, arguments.program, *arguments.arguments]
+    # Python would take -x.py for an option.
+    return [sys.executable, f"./{program}" if program.startswith("-") else program, *own]

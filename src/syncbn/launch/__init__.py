@@ -15,8 +15,30 @@ isolation.py    a network of their own
 reaping.py      nothing that a worker started survives
 """
 
-from syncbn.launch.front import launch
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING, Any
+
+from syncbn.errors import InputError
 from syncbn.launch.settings import LaunchSettings
 from syncbn.launch.spec import ClusterSpec
 
+if TYPE_CHECKING:
+    from syncbn.launch.front import launch
+
 __all__ = ["ClusterSpec", "LaunchSettings", "launch"]
+
+
+def __getattr__(name: str) -> Any:
+    """`launch` alone needs what Windows has not; the other commands and every help go without."""
+    if name != "launch":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if os.name != "posix":
+        raise InputError(
+            f"syncbn launch requires Linux or macOS. Received: {sys.platform}. Run it there."
+        )
+    from syncbn.launch.front import launch
+
+    return launch

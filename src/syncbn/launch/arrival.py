@@ -11,14 +11,45 @@ import errno
 import os
 import select
 import socket
+import threading
 import time
+from collections import deque
 from collections.abc import Sequence
+from typing import Any
 
 from syncbn.launch.spec import ClusterSpec, split_address
 
 __all__ = ["Arrival"]
 
 _PERIOD = 1.0  # seconds between two attempts
+_Place = tuple[int, Any]  # a family of addresses, and an address of it
+
+
+class _Name:
+    """The addresses of a host, asked for aside: a server for names may take long to say nothing."""
+
+    def __init__(self, host: str, port: int) -> None:
+        self._asked = (host.strip("[]"), port)
+        self._places: deque[_Place] = deque()
+        self.error: str | None = None
+        if not self._find(socket.AI_NUMERICHOST):
+            self.error = None
+            # It must not hold up the end of the process either.
+            threading.Thread(target=self._find, daemon=True).start()
+
+    def place(self) -> _Place | None:
+        """Its addresses in turn; None as long as there are none."""
+        self._places.rotate(-1)
+        return self._places[-1] if self._places else None
+
+    def _find(self, flags: int = 0) -> bool:
+        try:
+            found = socket.getaddrinfo(*self._asked, type=socket.SOCK_STREAM, flags=flags)
+        except (OSError, UnicodeError) as error:  # the latter for a name that is none
+            self.error = getattr(error, "strerror", None) or str(error)
+            return False
+        self._places.extend((place[0], place[4]) for place in found)
+        return True
 
 
 class Arrival:
@@ -30,6 +61,7 @@ class Arrival:
         self._last: dict[int, str] = {}  # what the last attempt at a missing worker came to
         self._missing = list(range(len(spec)))
         self._attempts: dict[int, socket.socket] = {}
+        self._names: dict[int, _Name] = {}
         self._next = 0.0
         self._first: float | None = None
 
@@ -59,12 +91,19 @@ class Arrival:
         self._attempts.clear()
 
     def _begin(self, index: int) -> None:
-        host, port = split_address(self._spec.addresses[index])
+        name = self._names.get(index)
+        if name is not None and name.error is not None:
+            self._last[index] = name.error
+            name = None
+        if name is None:
+            name = self._names[index] = _Name(*split_address(self._spec.addresses[index]))
+        place = name.place()
+        if place is None:
+            self._last.setdefault(index, "its name is being looked up")
+            return
+        family, address = place
         try:
-            family, kind, protocol, _, address = socket.getaddrinfo(
-                host.strip("[]"), port, type=socket.SOCK_STREAM
-            )[0]
-            attempt = socket.socket(family, kind, protocol)
+            attempt = socket.socket(family, socket.SOCK_STREAM)
         except OSError as error:
             self._last[index] = error.strerror or str(error)
             return
@@ -76,7 +115,9 @@ class Arrival:
             self._end(index, number)
 
     def _conclude(self, index: int, attempt: socket.socket) -> None:
-        if select.select([], [attempt], [], 0)[1]:
+        poll = select.poll()  # select() knows no descriptor from 1024
+        poll.register(attempt, select.POLLOUT)
+        if poll.poll(0):
             self._end(index, attempt.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))
 
     def _end(self, index: int, number: int) -> None:

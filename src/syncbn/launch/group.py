@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import selectors
 import signal
 import time
@@ -10,7 +11,7 @@ from typing import NamedTuple
 
 from syncbn.launch.arrival import Arrival
 from syncbn.launch.output import Screen
-from syncbn.launch.reaping import end_marked
+from syncbn.launch.reaping import Family, end_marked
 from syncbn.launch.spec import ClusterSpec
 from syncbn.launch.worker import Worker, exit_code, in_words
 
@@ -32,12 +33,23 @@ class Control:
         self.descriptor = descriptor
         self.asked: list[int] = []
         self.is_alone = False
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        self._parent = os.getppid()
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        for number in numbers:
             signal.signal(number, lambda received, _: self.asked.append(received))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)  # launch() held them until now
 
     def listen(self) -> None:
         """Read what it writes, which is nothing, until it is gone."""
         self.is_alone = self.is_alone or not os.read(self.descriptor, 1)
+
+    def look(self) -> bool:
+        """Whether there is a reason to end all, found without waiting for one."""
+        while not self.is_alone and select.select([self.descriptor], [], [], 0)[0]:
+            self.listen()
+        # Another child of that process may have inherited, and keep, what is to be closed.
+        self.is_alone = self.is_alone or os.getppid() != self._parent
+        return self.is_alone or bool(self.asked)
 
 
 class Outcome(NamedTuple):
@@ -79,6 +91,7 @@ class Group:
         self._mark = mark
         self._timeout = timeout
         self._grace = grace
+        self._family = Family(worker.process.pid for worker in workers)
         self._arrival = Arrival(spec, timeout)
         self._selector = selectors.DefaultSelector()
         self._some_ended: float | None = None
@@ -99,6 +112,7 @@ class Group:
     def _watch(self) -> Outcome:
         while True:
             self._pump()
+            self._control.look()
             if self._control.is_alone:
                 return self._abandoned()
             if self._control.asked:
@@ -113,6 +127,7 @@ class Group:
             if overdue:
                 return self._incomplete(list(overdue))
             self._note_the_last_ones()
+            self._family.reap()
 
     def _pump(self) -> None:
         """Pass output on for a moment."""
@@ -189,6 +204,7 @@ class Group:
             worker.send(number)
         deadline = time.monotonic() + self._grace
         while any(worker.status() is None for worker in self._workers):
+            self._control.look()
             again = len(self._control.asked) > asked or self._control.is_alone
             if again or time.monotonic() >= deadline:
                 for worker in self._workers:
@@ -213,7 +229,8 @@ class Group:
 
     def _finish(self) -> None:
         """No process, no descriptor and no half line is left."""
-        end_marked(self._mark, 0 if self._control.is_alone else LEFTOVERS)
+        grace = 0 if self._control.is_alone else LEFTOVERS
+        end_marked(self._mark, grace, self._family)
         for worker in self._workers:
             worker.reap()
             worker.drain(self._screen)

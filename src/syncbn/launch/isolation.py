@@ -36,7 +36,10 @@ def why_not() -> str | None:
     if sys.platform != "linux":
         return f"{sys.platform} has no network namespaces"
     reader, writer = os.pipe()
-    child = os.fork()
+    try:
+        child = os.fork()
+    except OSError as error:
+        return f"trying it failed: {error.strerror or error}"
     if child == 0:
         try:
             enter()

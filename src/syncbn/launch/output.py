@@ -8,11 +8,14 @@ here and, as last states, stand in the log files.
 from __future__ import annotations
 
 import codecs
+import math
 import os
 import re
+import select
 import time
 from collections import deque
-from typing import TextIO
+from collections.abc import Callable
+from typing import BinaryIO
 
 __all__ = ["TENSORFLOW_NOTICES", "Lines", "Log", "Screen", "is_progress", "prefix", "settled"]
 
@@ -21,6 +24,12 @@ TENSORFLOW_NOTICES = ("I0000 ", "WARNING: All log messages before absl::Initiali
 LAST_LINES = 20
 # A bar that is never ended by a new line must not grow for ever.
 _LONGEST = 1 << 16
+# So much a pipe takes without waiting once it takes anything at all (POSIX's PIPE_BUF).
+_PIECE = 512
+_LOOK = 0.1  # seconds between two looks whether all is to end, while nobody reads
+_PATIENCE = 1.0  # seconds that a reader then has
+_SHOW_CURSOR = "\x1b[?25h"
+_CURSOR = {"\x1b[?25l": set[int].add, _SHOW_CURSOR: set[int].discard}
 _HEADING = re.compile(r"Epoch \d+/\d+")  # what Keras writes above a bar
 
 
@@ -57,10 +66,10 @@ class Lines:
         *lines, self.rest = (self.rest + text).split("\n")
         if len(self.rest) > _LONGEST:
             before, mark, last = self.rest.rpartition("\r")
-            if mark:
+            if before and mark:
                 self.rest = f"\r{last}"  # an older state of a bar is not needed again
             else:
-                lines.append(before + last)
+                lines.append(self.rest)
                 self.rest = ""
         return lines
 
@@ -71,43 +80,65 @@ class Lines:
 
 
 class Log:
-    """The last lines of one worker and, if wanted, all of them in a file."""
+    """The last lines of one worker and, if wanted, all of them in a file.
 
-    def __init__(self, file: TextIO | None) -> None:
+    Args:
+        file: unbuffered; None for none.
+        tell: takes what is to be said where the file cannot be written to.
+    """
+
+    def __init__(self, file: BinaryIO | None, tell: Callable[[str], object] = str) -> None:
         self.last: deque[str] = deque(maxlen=LAST_LINES)
-        self.file = file
+        self._file = file
+        self._tell = tell
 
     def begin(self, heading: str) -> None:
         """A new process of this worker; what the one before wrote last is its own."""
         self.last.clear()
-        if self.file is not None:
-            self.file.write(f"=== {time.strftime('%Y-%m-%d %H:%M:%S')} {heading}\n")
+        self._write(f"=== {time.strftime('%Y-%m-%d %H:%M:%S')} {heading}\n")
 
     def add(self, line: str) -> None:
         """Keep a line."""
         text = settled(line)
         if text or not line:
             self.last.append(text)
-            if self.file is not None:
-                self.file.write(f"{text}\n")
-                self.file.flush()
+            self._write(f"{text}\n")
+
+    def _write(self, text: str) -> None:
+        """A disk that is full is no reason to end a training."""
+        if self._file is None:
+            return
+        try:
+            self._file.write(text.encode("utf-8", "replace"))
+        except OSError as error:
+            self._tell(
+                f"--log-dir requires room for the output. Received: {error.strerror or error} at "
+                f"{self._file.name}. The workers go on; this file ends here. Make room"
+            )
+            self._file = None
 
 
 class Screen:
     """Standard output and standard error of the launcher, shared by all workers.
 
-    `hidden`: how lines begin that are left out; the log files have them.
+    `hidden`: how lines begin that are left out; the log files have them. `is_ending`: whether all
+    is to end, so that a reader who reads no more is not waited for.
 
     The chief's streams that are terminals here are terminals for it, and are passed on as they
     come. A line of another worker that comes while the chief's bar stands there takes its place,
     and the bar is drawn again below.
     """
 
-    def __init__(self, hidden: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, hidden: tuple[str, ...] = (), is_ending: Callable[[], bool] = lambda: False
+    ) -> None:
         self.only_chief = False
+        self._is_ending = is_ending
         self._hidden = hidden
         self._hiding = False  # whether a line of the terminal that is left out goes on
         self._bar = ""  # what stands in the terminal's last line
+        self._bar_channel = 2
+        self._hidden_cursor: set[int] = set()  # the channels where a bar has hidden it
         self._lost: set[int] = set()
 
     def line(self, channel: int, worker: int, line: str) -> None:
@@ -119,6 +150,9 @@ class Screen:
 
     def live(self, channel: int, worker: int, text: str) -> None:
         """A piece of what a worker writes to its terminal."""
+        for sequence, change in _CURSOR.items():
+            if sequence in text:
+                change(self._hidden_cursor, channel)
         pieces = text.split("\n")
         for number, piece in enumerate(pieces):
             end = "\n" if number < len(pieces) - 1 else ""
@@ -128,6 +162,7 @@ class Screen:
                 shown = prefix(worker) + piece if starts and piece else piece
                 self._raw(channel, shown + end)
                 self._bar = "" if end else (self._bar + shown).rpartition("\r")[2][-_LONGEST:]
+                self._bar_channel = channel
             self._hiding = self._hiding and not end
 
     def note(self, text: str) -> None:
@@ -139,10 +174,14 @@ class Screen:
         self._write(2, f"{text}\n")
 
     def close(self) -> None:
-        """Leave the terminal at the start of a line."""
+        """Leave the terminal at the start of a line, with a cursor, however the chief ended."""
         if self._bar:
-            self._raw(2, "\n")
-            self._bar = ""
+            self._raw(self._bar_channel, "\n")
+        for channel in self._hidden_cursor:
+            self._raw(channel, _SHOW_CURSOR)
+        self._hidden_cursor.clear()
+        self._bar = ""
+        self._hiding = False
 
     def _write(self, channel: int, text: str) -> None:
         if self._bar and os.isatty(channel):
@@ -154,7 +193,28 @@ class Screen:
         """Whoever read this may have gone: that is no reason to end a training."""
         data = text.encode("utf-8", "replace")
         while data and channel not in self._lost:
+            if not self._is_taken(channel):
+                self._lost.add(channel)
+                return
             try:
-                data = data[os.write(channel, data) :]
+                data = data[os.write(channel, data[:_PIECE]) :]
+            except BlockingIOError:  # whoever started us left it so, and another writes there too
+                continue
             except OSError:
                 self._lost.add(channel)
+
+    def _is_taken(self, channel: int) -> bool:
+        """Wait until a piece can be written; False where all is to end and nobody reads.
+
+        A write that waits would keep this process from every signal, and from its duty to end the
+        workers when the launcher is killed.
+        """
+        poll = select.poll()
+        poll.register(channel, select.POLLOUT)
+        deadline = math.inf
+        while not poll.poll(_LOOK * 1000):
+            if deadline == math.inf and self._is_ending():
+                deadline = time.monotonic() + _PATIENCE
+            if time.monotonic() >= deadline:
+                return False
+        return True

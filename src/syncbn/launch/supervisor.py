@@ -22,7 +22,7 @@ from syncbn.errors import InputError
 from syncbn.launch import isolation, resources
 from syncbn.launch.group import Control, Group, Outcome
 from syncbn.launch.output import TENSORFLOW_NOTICES, Log, Screen
-from syncbn.launch.reaping import with_mark
+from syncbn.launch.reaping import Family, adopt_orphans, end_marked, with_mark
 from syncbn.launch.settings import LaunchSettings
 from syncbn.launch.spec import ClusterSpec, parse_hosts
 from syncbn.launch.worker import Worker
@@ -63,16 +63,26 @@ def receive(descriptor: int) -> Order:
 
 def main() -> int:
     """Run what `launch()` ordered; the exit code is the launcher's."""
+    _open_what_is_closed()
     control = Control(0)
+    adopt_orphans()
     order = receive(0)
     # Whoever sets TensorFlow's log level wants to see it.
-    screen = Screen(() if LOG_LEVEL in os.environ else TENSORFLOW_NOTICES)
+    hidden = () if LOG_LEVEL in os.environ else TENSORFLOW_NOTICES
+    screen = Screen(hidden, control.look)
     try:
         reason = _isolate(order.settings)
         return _Supervisor(order, control, screen, reason).run()
     except InputError as error:
         print(f"syncbn: error: {error}", file=sys.stderr)  # noqa: T201 - this is a command
         return EXIT_BAD_INPUT
+
+
+def _open_what_is_closed() -> None:
+    """Where the launcher was started without an output, a worker's pipe must not become it."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
 
 
 def _isolate(settings: LaunchSettings) -> str | None:
@@ -127,6 +137,8 @@ class _Supervisor:
                 )
                 if self._settings.hosts:
                     time.sleep(1)  # the ports are the same, and the other machines' workers end too
+                    if self._control.look():
+                        break
         return outcome.code
 
     def _run_group(self, restarts: int, logs: Mapping[int, Log]) -> Outcome:
@@ -150,11 +162,13 @@ class _Supervisor:
                     )
                 )
         except OSError as error:
+            end_marked(self._order.mark, 0, Family(worker.process.pid for worker in workers))
             for worker in workers:
                 worker.reap()
             raise InputError(
-                f"Starting a worker requires a program. Received: {shlex.join(self._order.command)}"
-                f": {error.strerror or error}. Check the program, and the limits of processes."
+                f"Starting {settings.workers} worker(s) requires a program, processes and open "
+                f"files. Received: {shlex.join(self._order.command)}: {error.strerror or error}. "
+                "Check the program, and the limits: ulimit -u, ulimit -n."
             ) from error
         group = Group(
             spec,
@@ -173,7 +187,14 @@ class _Supervisor:
         if settings.hosts is not None:
             hosts = parse_hosts(settings.hosts, settings.workers)
             return ClusterSpec.on_hosts(hosts, settings.workers)
-        return ClusterSpec.on_this_machine(free_ports(settings.workers + 1))
+        try:
+            return ClusterSpec.on_this_machine(free_ports(settings.workers + 1))
+        except OSError as error:
+            raise InputError(
+                f"{settings.workers} worker(s) require a free port each. Received: "
+                f"{error.strerror or error}. Start fewer workers, or raise the limit of open "
+                "files: ulimit -n."
+            ) from error
 
     def _environment(self, spec: ClusterSpec, index: int, restarts: int) -> dict[str, str]:
         """What a worker gets; what is the user's to choose gives way to what the user has set."""
@@ -228,9 +249,8 @@ class _Supervisor:
             folder.mkdir(parents=True, exist_ok=True)
             return {
                 index: Log(
-                    files.enter_context(
-                        (folder / f"worker-{index}.log").open("a", encoding="utf-8")
-                    )
+                    files.enter_context((folder / f"worker-{index}.log").open("ab", buffering=0)),
+                    self._screen.note,
                 )
                 for index in indices
             }

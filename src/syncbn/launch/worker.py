@@ -17,9 +17,10 @@ from typing import NamedTuple
 from syncbn.launch.output import Lines, Log, Screen
 from syncbn.launch.reaping import tie_to_parent
 
-__all__ = ["Stream", "Worker", "exit_code", "in_words"]
+__all__ = ["Stream", "Worker", "exit_code", "has_data", "in_words"]
 
 CHUNK = 1 << 16
+LARGEST_PIPE = 1 << 20  # what Linux lets an ordinary user ask for; else 64 KiB
 
 
 class Stream(NamedTuple):
@@ -99,10 +100,14 @@ class Worker:
         return bool(data)
 
     def drain(self, screen: Screen) -> None:
-        """Pass on what is left, after the worker's end. Its children may keep a pipe open."""
+        """Pass on what is left, after the worker's end.
+
+        Its children may keep a pipe open, and write for ever: no more than a pipe holds is read.
+        """
         for stream in self.streams:
-            while _has_data(stream.descriptor) and self.read(stream, screen):
-                pass
+            for _ in range(LARGEST_PIPE // CHUNK):
+                if not (has_data(stream.descriptor) and self.read(stream, screen)):
+                    break
             for line in stream.lines.end():
                 self.log.add(line)
                 if not stream.is_terminal:
@@ -166,8 +171,11 @@ def in_words(status: int) -> str:
     return f"was killed by {name} (exit code {exit_code(status)})"
 
 
-def _has_data(descriptor: int) -> bool:
-    return bool(select.select([descriptor], [], [], 0)[0])
+def has_data(descriptor: int) -> bool:
+    """Whether a read would not wait."""
+    poll = select.poll()  # select() knows no descriptor from 1024
+    poll.register(descriptor, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 def _as_wide_as(channel: int, terminal: int) -> None:
