@@ -95,9 +95,10 @@ def add_cluster_options(add: Callable[..., Any]) -> None:
     add(
         "--grace",
         type=float,
-        default=10.0,
+        default=5.0,
         metavar="S",
-        help="seconds between SIGTERM and SIGKILL (default: 10)",
+        help="seconds between SIGTERM and SIGKILL (default: 5); TensorFlow's and JAX's workers do "
+        "not end by SIGTERM",
     )
     add("--log-dir", metavar="DIR", help="also append each worker's output to DIR/worker-N.log")
     add(

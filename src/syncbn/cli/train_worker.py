@@ -39,14 +39,14 @@ def main(folder: Path) -> NoReturn:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         _train(folder)
-        code = 0
+        sys.exit()  # the chief last, as enable_multi_worker() has it
     except InputError as error:
         print(f"syncbn: error: {error}", file=sys.stderr)
         code = EXIT_BAD_INPUT
     except WorkerError as error:
         print(f"syncbn: error: {error}", file=sys.stderr)
         code = EXIT_FAILED
-    except BaseException:  # noqa: BLE001 - whatever it is, it is shown and is the end
+    except Exception:  # noqa: BLE001 - whatever it is, it is shown and is the end
         traceback.print_exc()
         code = EXIT_FAILED
     sys.stdout.flush()
@@ -61,6 +61,9 @@ def _train(folder: Path) -> None:
     from syncbn.cli.train import start_tensorflow
 
     start_tensorflow()
+    import syncbn
+
+    syncbn.enable_multi_worker()  # a worker that is missing, late or gone is named
     from syncbn.cli.train_view import ProgressView
     from syncbn.training import workers
 

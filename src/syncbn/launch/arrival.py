@@ -21,7 +21,7 @@ from syncbn.launch.spec import ClusterSpec, split_address
 
 __all__ = ["Arrival"]
 
-_PERIOD = 1.0  # seconds between two attempts
+_PERIOD = 0.25  # seconds between two attempts
 _Place = tuple[int, Any]  # a family of addresses, and an address of it
 
 

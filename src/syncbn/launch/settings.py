@@ -39,7 +39,7 @@ class LaunchSettings:
     backend: str | None = None
     max_restarts: int = 0
     timeout: float = 120.0
-    grace: float = 10.0
+    grace: float = 5.0
     log_dir: str | None = None
     isolate: bool | None = None
 

@@ -24,6 +24,7 @@ from syncbn.multi_worker.replicas import is_multi_worker, worker_index
 
 __all__ = ["Board", "Worker", "agree", "board_of", "exchange", "workers_of"]
 
+LEAVING = 10.0  # seconds that the chief waits at its end for the others to end
 POLL = 0.2  # seconds between two looks at what a missing worker does
 UNREACHABLE = (
     tf.errors.UnavailableError,
@@ -228,6 +229,23 @@ class Board:
             tf_context.context().delete_config_key_value(key)
         except tf.errors.OpError as error:
             raise self.lost(error) from error
+
+    def leave(self) -> None:
+        """Say that this worker needs no other any more; the chief, which holds the board, waits.
+
+        Others may still read the last that was written, or why the chief has failed. Where the
+        chief is gone first TensorFlow takes up to half a minute to end them.
+        """
+        with contextlib.suppress(WorkerError):
+            if self.own.index > 0:
+                self.write(f"syncbn/left/{self.own.index}", "left")
+                return
+            deadline = time.monotonic() + LEAVING
+            for peer in self.peers:
+                while self.read(f"syncbn/left/{peer.index}", POLL) is None:
+                    if time.monotonic() > deadline or not self.is_alive(peer):
+                        break
+            time.sleep(POLL)  # the last of them is still being answered
 
     def lost(self, cause: Exception) -> WorkerError:
         """The error of a board that cannot be reached."""

@@ -58,8 +58,9 @@ def worker_index(strategy: Any) -> int:
 def sum_over_replicas(value: Any) -> Any:
     """The sum of every replica's tensor (or of each of a list of them), on each replica.
 
-    For numbers and values of variables, of which no gradient is asked. Within one process they are added up on the first
-    device: a collective, which is made for gradients, takes several times as long.
+    For numbers and values of variables, of which no gradient is asked. Within one process they are
+    added up on the first device: a collective, which is made for gradients, takes several times as
+    long.
 
     Raises:
         NotSynchronizableError: the replicas cannot meet inside this graph.

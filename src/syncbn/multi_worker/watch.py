@@ -47,9 +47,10 @@ class Watch:
         atexit.register(self.stop)
 
     def stop(self) -> None:
-        """End the thread, and wait for its end."""
+        """End the thread, wait for its end, and leave the others."""
         self._ended.set()
         self._thread.join(timeout=10)
+        self.board.leave()
 
     def stuck_for(self) -> float:
         """Seconds that this process has been waiting within one call, as far as was noticed."""

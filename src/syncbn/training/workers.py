@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,8 +24,6 @@ from syncbn.training.settings import TrainSettings
 __all__ = ["read_settings", "train_as_worker", "train_by_workers"]
 
 _SETTINGS = "settings.json"
-# The chief leaves last: others would wait half a minute for a chief that has left.
-_PATIENCE = 30.0
 
 
 def train_by_workers(runs: list[Run], settings: TrainSettings, command: Sequence[str]) -> int:
@@ -77,16 +74,6 @@ def train_as_worker(folder: Path, index: int, observer: Observer) -> None:
             _write_epoch(_epoch_path(folder, number, epoch.number), epoch)
 
         job.train(run, settings, dataset, observer, keep if index == 0 else None)
-    _leave_after_the_others(folder, index, settings.workers)
-
-
-def _leave_after_the_others(folder: Path, index: int, workers: int) -> None:
-    if index:
-        (folder / f"left-{index}").touch()
-        return
-    deadline = time.monotonic() + _PATIENCE
-    while len([*folder.glob("left-*")]) < workers - 1 and time.monotonic() < deadline:
-        time.sleep(0.02)
 
 
 def _epoch_path(folder: Path, run: int, epoch: int) -> Path:
