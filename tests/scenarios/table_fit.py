@@ -10,6 +10,7 @@ from typing import Any
 import keras
 import numpy as np
 import tensorflow as tf
+from tensorflow.python.distribute.cross_device_utils import CollectiveKeys
 
 import syncbn
 from tests.scenarios.models import (
@@ -340,3 +341,26 @@ def threads(world: World) -> Any:
     before = len(list(Path("/proc/self/task").iterdir()))
     fit(model, normal(64, 6), targets(64), batch_size=32, epochs=20)
     return {"no more than before": len(list(Path("/proc/self/task").iterdir())) < before + 50}
+
+
+@scenario(covers=["memory that grows with every step"], repairs=["instance-keys"], core=FEW)
+def numbers_of_collectives(world: World) -> Any:
+    """Each new number is a record that TensorFlow keeps: more steps must not take more of them."""
+    given = [0]
+    original = CollectiveKeys.get_instance_key
+
+    def counted(keys: Any, *place: Any) -> Any:
+        given[0] += 1
+        return original(keys, *place)
+
+    model = dense_model(world, metrics=lambda: ["mae"])
+    CollectiveKeys.get_instance_key = counted
+    try:
+        counts = []
+        for steps in (2, 2, 8):
+            before = given[0]
+            model.fit(normal(64 * steps, 6), targets(64 * steps), batch_size=64, verbose=0)
+            counts.append(given[0] - before)
+    finally:
+        CollectiveKeys.get_instance_key = original
+    return {"more": counts[2] - counts[1]}

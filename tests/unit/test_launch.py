@@ -152,6 +152,7 @@ def test_a_bar_without_end_does_not_grow_for_ever():
 
 def test_a_log_keeps_the_last_lines_of_a_worker():
     log = Log(None)
+    log.add("I0000 of the build")
     for number in range(LAST_LINES + 5):
         log.add(f"line {number}")
     assert log.last[0] == "line 5"
@@ -176,6 +177,27 @@ def test_notices_are_left_out_on_a_terminal_too(pipe):
     screen.live(channel, 0, "I0000 of the")
     screen.live(channel, 0, " build\nanother\nI0000 b\nlast")
     assert written() == "[1] a line\n[0] another\n[0] last"
+
+
+def test_orders_to_the_terminal_alone_begin_no_line(pipe):
+    """As a bar that has ended shows the cursor again."""
+    channel, written = pipe
+    screen = Screen()
+    screen.live(channel, 0, "\x1b[?25lbar\n")
+    screen.live(channel, 0, "\x1b[?25h")
+    screen.close()
+    assert written() == "[0] \x1b[?25lbar\n\x1b[?25h"
+
+
+def test_a_quiet_screen_shows_what_the_launcher_says_alone(pipe, capfd):
+    channel, written = pipe
+    screen = Screen(hidden=("",))
+    screen.line(channel, 1, "a line")
+    screen.live(channel, 0, "another\nthe last")
+    screen.note("this")
+    assert capfd.readouterr().err == "syncbn launch: this\n"
+    os.write(channel, b"nothing before")
+    assert written() == "nothing before"
 
 
 def test_a_screen_whose_reader_has_gone_is_written_to_no_more():

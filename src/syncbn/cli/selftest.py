@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import os
 import sys
 from typing import Any
 
 from syncbn.cli.launch import add_cluster_options, cluster_settings
-from syncbn.launch import LaunchSettings, launch
+from syncbn.launch import LaunchSettings
 
 __all__ = ["add_parser"]
 
@@ -42,12 +44,14 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Launch the workers, then the trainings of `resume`; 0 if everything passed."""
+    from syncbn.launch import launch
     from syncbn.selftest.checks import RESUME, check_steps, selected
 
     check_steps(arguments.steps)
     checks = selected(arguments.only, RESUME)
     settings = cluster_settings(arguments)
     settings.check()
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # the table is what is to be read
     status = 0
     in_workers = [check.name for check in checks if check.name != RESUME.name]
     if in_workers:
@@ -62,10 +66,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _resume(settings: LaunchSettings) -> int:
-    from syncbn.selftest.checks import RESUME, line
+    from syncbn.selftest.checks import RESUME, lines
     from syncbn.selftest.resume import findings
 
-    found = findings(settings)
+    print("A worker is about to be killed, on purpose:", file=sys.stderr, flush=True)
+    found = findings(dataclasses.replace(settings, quiet=True))
     passed = all(finding.holds for finding in found)
-    print(line(RESUME, "; ".join(map(str, found)), passed), flush=True)
+    print(lines(RESUME, [str(finding) for finding in found], passed), flush=True)
     return 0 if passed else 1

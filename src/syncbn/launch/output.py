@@ -30,6 +30,7 @@ _LOOK = 0.1  # seconds between two looks whether all is to end, while nobody rea
 _PATIENCE = 1.0  # seconds that a reader then has
 _SHOW_CURSOR = "\x1b[?25h"
 _CURSOR = {"\x1b[?25l": set[int].add, _SHOW_CURSOR: set[int].discard}
+_CONTROLS = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|[\r\b]")  # what a terminal obeys and does not show
 _HEADING = re.compile(r"Epoch \d+/\d+")  # what Keras writes above a bar
 
 
@@ -101,7 +102,8 @@ class Log:
         """Keep a line."""
         text = settled(line)
         if text or not line:
-            self.last.append(text)
+            if not text.startswith(TENSORFLOW_NOTICES):  # never the reason for anything
+                self.last.append(text)
             self._write(f"{text}\n")
 
     def _write(self, text: str) -> None:
@@ -156,13 +158,16 @@ class Screen:
         pieces = text.split("\n")
         for number, piece in enumerate(pieces):
             end = "\n" if number < len(pieces) - 1 else ""
-            starts = not self._bar and not self._hiding
+            starts = not self._bar and not self._hiding and _CONTROLS.sub("", piece) != ""
             self._hiding = self._hiding or (starts and piece.startswith(self._hidden or "\n"))
             if not self._hiding:
-                shown = prefix(worker) + piece if starts and piece else piece
+                shown = prefix(worker) + piece if starts else piece
                 self._raw(channel, shown + end)
-                self._bar = "" if end else (self._bar + shown).rpartition("\r")[2][-_LONGEST:]
-                self._bar_channel = channel
+                if starts or self._bar:
+                    self._bar = (self._bar + shown).rpartition("\r")[2][-_LONGEST:]
+                    self._bar_channel = channel
+                if end:
+                    self._bar = ""
             self._hiding = self._hiding and not end
 
     def note(self, text: str) -> None:

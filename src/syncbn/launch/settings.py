@@ -30,6 +30,7 @@ class LaunchSettings:
         log_dir: a folder for the whole output of each worker, or None.
         isolate: whether the workers get a network of their own that nothing else reaches; None for
             where the kernel allows it.
+        quiet: show nothing of the workers' output but the last lines of one that failed.
     """
 
     workers: int = 2
@@ -42,6 +43,7 @@ class LaunchSettings:
     grace: float = 5.0
     log_dir: str | None = None
     isolate: bool | None = None
+    quiet: bool = False
 
     def check(self) -> None:
         """Raise an InputError for the first value that cannot be meant."""

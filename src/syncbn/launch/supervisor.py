@@ -67,9 +67,9 @@ def main() -> int:
     control = Control(0)
     adopt_orphans()
     order = receive(0)
-    # Whoever sets TensorFlow's log level wants to see it.
-    hidden = () if LOG_LEVEL in os.environ else TENSORFLOW_NOTICES
-    screen = Screen(hidden, control.look)
+    # Whoever asks for all that TensorFlow logs gets it.
+    hidden = () if os.environ.get(LOG_LEVEL) == "0" else TENSORFLOW_NOTICES
+    screen = Screen(("",) if order.settings.quiet else hidden, control.look)
     try:
         reason = _isolate(order.settings)
         return _Supervisor(order, control, screen, reason).run()

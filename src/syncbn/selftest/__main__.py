@@ -9,7 +9,7 @@ import traceback
 from typing import Any
 
 from syncbn.errors import InputError, SyncbnError
-from syncbn.selftest.checks import Check, Finding, Options, check_steps, line, selected
+from syncbn.selftest.checks import Check, Finding, Options, check_steps, lines, selected
 from syncbn.selftest.cluster import Cluster
 
 __all__ = ["main"]
@@ -48,8 +48,11 @@ def main(arguments: list[str] | None = None) -> None:
 def _join() -> Cluster:
     # Both have to come before anything else of TensorFlow runs.
     os.environ["KERAS_BACKEND"] = "tensorflow"
+    import tensorflow as tf
+
     import syncbn
 
+    tf.get_logger().setLevel("ERROR")  # of functions that are traced anew: each is used once
     syncbn.enable_multi_worker()
     return Cluster()
 
@@ -105,7 +108,7 @@ def _print(cluster: Cluster, check: Check, everyones: list[dict[str, Any]]) -> b
             for index, verdict in enumerate(everyones)
             if verdict["error"]
         ]
-        sys.stdout.write(f"{line(check, '; '.join(cells + reasons), passed)}\n")
+        sys.stdout.write(f"{lines(check, cells + reasons, passed)}\n")
         sys.stdout.flush()
     return passed
 

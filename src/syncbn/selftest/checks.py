@@ -13,7 +13,7 @@ from syncbn.errors import InputError
 if TYPE_CHECKING:
     from syncbn.selftest.cluster import Cluster
 
-__all__ = ["CHECKS", "RESUME", "Check", "Finding", "Options", "check_steps", "line", "selected"]
+__all__ = ["CHECKS", "RESUME", "Check", "Finding", "Options", "check_steps", "lines", "selected"]
 
 
 LEAST_STEPS = 40
@@ -27,7 +27,7 @@ class Finding(NamedTuple):
     bound: float
 
     def __str__(self) -> str:
-        return f"{self.what} {self.figure:.2g} (≤ {self.bound:.2g})"
+        return f"{self.what:48} {self.figure:8.2g}  (≤ {self.bound:.2g})"
 
     @property
     def holds(self) -> bool:
@@ -91,6 +91,7 @@ def check_steps(steps: int) -> None:
         raise InputError(f"--steps requires at least {LEAST_STEPS}. Received: {steps}.")
 
 
-def line(check: Check, found: str, passed: bool) -> str:
-    """One of the table."""
-    return f"{check.name:8}{check.what:42}{found}  {'ok' if passed else 'FAILED'}"
+def lines(check: Check, found: list[str], passed: bool) -> str:
+    """Those of one check: the verdict, and below it what it rests on."""
+    verdict = f"{check.name:8}{check.what:52}{'ok' if passed else 'FAILED'}"
+    return "\n".join([verdict, *(f"          {one}" for one in found)])

@@ -21,6 +21,7 @@ from typing import Any
 
 import tensorflow as tf
 from keras.src.backend.tensorflow.optimizer import TFOptimizer
+from tensorflow.python.distribute import input_lib
 from tensorflow.python.distribute.cross_device_utils import CollectiveReplicaLauncher
 from tensorflow.python.framework import ops
 
@@ -44,8 +45,9 @@ def is_needed() -> bool:
 
 
 def patches() -> list[Patch]:
-    """The place where a collective gets its number, and the sum of the gradients."""
+    """Where a collective gets its number, and sums of Keras's and TensorFlow's own."""
     return [
+        Patch(input_lib, "_calculate_replicas_with_values", _of_one_number),
         Patch(CollectiveReplicaLauncher, "all_reduce", _with_kind),
         Patch(CollectiveReplicaLauncher, "_next_instance_key", _numbering),
         Patch(TFOptimizer, "_all_reduce_sum_gradients", _of_variables),
@@ -132,6 +134,17 @@ def _rings(launcher: Any) -> _Rings:
 
 
 _lock = threading.Lock()
+
+
+def _of_one_number(original: Callable[..., Any]) -> Callable[..., Any]:
+    """How many replicas have data for the next step."""
+
+    @functools.wraps(original)
+    def _calculate_replicas_with_values(*args: Any, **kwargs: Any) -> Any:
+        with tf.name_scope(SAME_SHAPE):
+            return original(*args, **kwargs)
+
+    return _calculate_replicas_with_values
 
 
 def _of_variables(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,0 +1,61 @@
+"""Collectives of every step use numbers that come again; those of any batch's shape do not."""
+
+import tensorflow as tf
+from tensorflow.python.distribute.cross_device_utils import CollectiveKeys
+
+import syncbn
+from syncbn._backends.tensorflow import collectives
+from syncbn._backends.tensorflow.replicas import mirrored_strategy
+from syncbn.multi_worker import replicas
+from syncbn.multi_worker.repairs.instance_keys import RING, _Rings
+
+
+def test_a_ring_comes_round_and_kinds_have_rings_of_their_own():
+    rings = _Rings()
+    first = [rings.next("a") for _ in range(RING)]
+    other = [rings.next("b") for _ in range(RING)]
+    assert len({*first, *other}) == 2 * RING
+    assert [rings.next("a") for _ in range(RING)] == first
+    assert [rings.next("b") for _ in range(RING)] == other
+
+
+def test_devices_that_come_by_the_same_collectives_get_the_same_numbers():
+    one, another = _Rings(), _Rings()
+    kinds = [("float64", (3,)), ("float32", (7,)), ("float64", (3,)), ("float64", (5,))]
+    assert [one.next(kind) for kind in kinds] == [another.next(kind) for kind in kinds]
+
+
+def test_the_layer_and_the_repair_mean_the_same_scope():
+    """Neither imports the other, so that each can go away alone."""
+    assert collectives.SAME_SHAPE == replicas.SAME_SHAPE
+
+
+def new_numbers(monkeypatch, scope):
+    """How many numbers TensorFlow gives out in 5 more steps of an all-reduce in such a scope."""
+    given = []
+    original = CollectiveKeys.get_instance_key
+    counted = lambda keys, *place: given.append(1) or original(keys, *place)  # noqa: E731
+    monkeypatch.setattr(CollectiveKeys, "get_instance_key", counted)
+    strategy = mirrored_strategy(2)
+
+    def replica(x):
+        with tf.name_scope(scope):
+            context = tf.distribute.get_replica_context()
+            return context.all_reduce(tf.distribute.ReduceOp.SUM, tf.identity(x))
+
+    @tf.function
+    def step():
+        return strategy.run(replica, args=(tf.ones((3,)),))
+
+    with syncbn.enable_multi_worker():
+        step()
+        given.clear()
+        for _ in range(5):
+            total = strategy.experimental_local_results(step())[0]
+    assert total.numpy().tolist() == [2.0] * 3
+    return len(given)
+
+
+def test_sums_of_one_shape_take_no_new_numbers_and_others_do(monkeypatch):
+    assert new_numbers(monkeypatch, replicas.SAME_SHAPE) == 0
+    assert new_numbers(monkeypatch, "of_any_batch") == 5 * 2
