@@ -42,20 +42,29 @@ def test_links_to_files_exist():
             assert (ROOT / target).exists(), f"{document.name} links to {target}"
 
 
-def test_make_targets_and_options_of_the_documents_exist(capsys):
-    from syncbn.cli import main
-
+def test_make_targets_of_the_documents_exist():
     makefile = (ROOT / "Makefile").read_text()
     documents = README + (ROOT / "CONTRIBUTING.md").read_text()
     targets = set(re.findall(r"^\$ make ([\w-]+)", documents, flags=re.MULTILINE))
     assert {"demo", "test"} <= targets
     for target in targets:
         assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
+
+
+@pytest.mark.parametrize("command", ["train", "launch", "selftest"])
+def test_options_of_the_documents_exist(command, capsys):
+    from syncbn.cli import main
+
     with pytest.raises(SystemExit):
-        main(["train", "--help"])
+        main([command, "--help"])
     known = set(re.findall(r"--[\w-]+", capsys.readouterr().out))
-    used = set(
-        re.findall(r"--[\w-]+", " ".join(re.findall(r"^\$ syncbn .*", README, re.MULTILINE)))
-    )
+    documents = README + "".join(page.read_text() for page in (ROOT / "docs").glob("*.md"))
+    lines = re.findall(rf"^\$ syncbn {command} (.*)", documents, re.MULTILINE)
+    # What stands after a program is the program's own.
+    used = {
+        option
+        for line in lines
+        for option in re.findall(r"--[\w-]+", re.split(r" -m |\.py", line)[0])
+    }
     assert used
     assert used <= known

@@ -12,6 +12,7 @@ from tests.multiprocess.workers.survivor import EPOCHS, STEPS
 
 pytestmark = pytest.mark.multiprocess
 SURVIVOR = "tests.multiprocess.workers.survivor"
+THREADS = {"TF_NUM_INTRAOP_THREADS": "1", "OMP_NUM_THREADS": "1"}
 BOTH, CHIEF, OTHER = [0, 1], [0], [1]
 
 
@@ -19,6 +20,7 @@ def train(folder, kills, restarts):
     """The final weights and the optimizer's state, and what the launcher said."""
     folder.mkdir()
     one = Launch(folder, "", "--workers", "2", "--max-restarts", str(restarts), "--timeout", "60")
+    one.environment |= THREADS
     arguments = [str(folder), json.dumps(kills)]
     one.command[-1:] = ["-m", SURVIVOR, *arguments]
     try:
@@ -67,6 +69,8 @@ def test_workers_of_two_launchers_are_resumed_together(tmp_path, uninterrupted):
         options = ("--hosts", hosts, "--index", str(index), "--max-restarts", "4")
         one = Launch(tmp_path, "", *options, "--timeout", "60")
         one.command[-1:] = ["-m", SURVIVOR, str(tmp_path), json.dumps(kills)]
+        # Each takes the machine for its own; more threads add up in another order.
+        one.environment |= THREADS
         launches.append(one)
     processes = [one.start() for one in launches]
     outputs = [process.communicate(timeout=300)[0] for process in processes]
@@ -80,6 +84,7 @@ def test_a_launcher_that_was_killed_is_started_again_by_hand(tmp_path, uninterru
     folder = tmp_path / "run"
     folder.mkdir()
     one = Launch(folder, "", "--workers", "2")
+    one.environment |= THREADS
     one.command[-1:] = ["-m", SURVIVOR, str(folder), "[]"]
     process = one.start()
     try:
