@@ -249,3 +249,34 @@ def evaluated_dataset(world: World) -> Any:
     model = dense_model(world, metrics=lambda: ["mae"])
     logs = model.evaluate(_dataset(97), return_dict=True, verbose=0)
     return {**logs, **observe_model(model)}
+
+
+def _aligned(array: np.ndarray) -> np.ndarray:
+    """A copy at an address that TensorFlow takes without copying it."""
+    room = np.empty(array.nbytes + 64, np.uint8)
+    start = -room.ctypes.data % 64
+    copy = room[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    copy[:] = array
+    return copy
+
+
+class _Views(keras.utils.PyDataset):
+    """Batches that are views of its arrays."""
+
+    def __init__(self, x: np.ndarray, y: np.ndarray) -> None:
+        super().__init__()
+        self.x, self.y = x, y
+
+    def __len__(self) -> int:
+        return len(self.x) // 64
+
+    def __getitem__(self, index: int) -> Any:
+        batch = slice(64 * index, 64 * (index + 1))
+        return self.x[batch], self.y[batch]
+
+
+@scenario(covers=["data that training writes into"], repairs=["inputs"], core=FEW)
+def views_of_arrays(world: World) -> Any:
+    x, y = _aligned(normal(256, 6)), _aligned(targets(256))
+    observed = dict(fit(dense_model(world), _Views(x, y), epochs=3))
+    return {**observed, "x": x, "y": y}

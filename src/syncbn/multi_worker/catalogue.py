@@ -97,7 +97,8 @@ REPAIRS: tuple[Repair, ...] = (
     ),
     Repair(
         "inputs",
-        "datasets of one file fail on workers; unequal shards wait; OFF ends early",
+        "datasets of one file fail on workers; unequal shards wait; OFF ends early; arrays that a "
+        "PyDataset gives views of are written into",
         _NONE_KNOWN,
         f"{_HERE}.inputs",
     ),

@@ -14,6 +14,9 @@ from typing import Any
 
 import tensorflow as tf
 from keras.src.backend.tensorflow.trainer import TFEpochIterator
+from keras.src.trainers.data_adapters.generator_data_adapter import GeneratorDataAdapter
+from keras.src.trainers.data_adapters.py_dataset_adapter import PyDatasetAdapter
+from keras.src.trainers.data_adapters.torch_data_loader_adapter import TorchDataLoaderAdapter
 from keras.src.trainers.epoch_iterator import EpochIterator
 from tensorflow.python.distribute.input_lib import DistributedDatasetsFromFunction
 
@@ -29,6 +32,8 @@ from syncbn.multi_worker.replicas import (
 
 __all__ = ["is_needed", "patches"]
 
+# Adapters of what Python yields, batch after batch.
+OF_PYTHON = (PyDatasetAdapter, GeneratorDataAdapter, TorchDataLoaderAdapter)
 Policy = tf.data.experimental.AutoShardPolicy
 
 
@@ -56,6 +61,8 @@ def _constructor(original: Callable[..., None]) -> Callable[..., None]:
         EpochIterator.__init__(iterator, *args, **kwargs)
         iterator._distribute_strategy = strategy
         dataset = without_nothing(iterator.data_adapter.get_tf_dataset())
+        if isinstance(iterator.data_adapter, OF_PYTHON):
+            dataset = dataset.map(_copies)
         iterator._distributed_dataset = distributed(strategy, dataset)
         if is_multi_worker(strategy) and not iterator.steps_per_epoch:
             iterator.data_adapter = _WithBatches(
@@ -80,6 +87,21 @@ def without_nothing(dataset: Any) -> Any:
     while kept > 1 and isinstance(spec[kept - 1], tf.OptionalSpec):
         kept -= 1
     return dataset if kept == len(spec) else dataset.map(lambda *element: element[:kept])
+
+
+def _copies(*element: Any) -> Any:
+    """In memory of TensorFlow's own.
+
+    It takes an array of Python's as it lies in memory, if it can, and replicas write their results
+    where an input is used up: a PyDataset that returns views of its arrays finds them changed.
+    """
+
+    def copy(tensor: Any) -> Any:
+        numeric = tensor.dtype not in {tf.string, tf.variant, tf.resource}
+        return tf.raw_ops.DeepCopy(x=tensor) if numeric else tensor
+
+    copied = tf.nest.map_structure(copy, element, expand_composites=True)
+    return copied if len(element) > 1 else copied[0]
 
 
 class _WithBatches:
