@@ -237,6 +237,8 @@ class Board:
         chief is gone first TensorFlow takes up to half a minute to end them.
         """
         with contextlib.suppress(WorkerError):
+            progress.has_left = True
+            self.publish()
             if self.own.index > 0:
                 self.write(f"syncbn/left/{self.own.index}", "left")
                 return

@@ -26,6 +26,7 @@ class Progress:
     to stop it knows of. `beats`: steps within one call of TensorFlow. `is_creating`: whether a
     variable is being made, outside of operations. `in_collective`: whether the watching thread has
     just seen a custom loop within a call that waits for others; `line`: where that loop was.
+    `has_left`: whether the program is at its end.
     """
 
     def __init__(self) -> None:
@@ -40,6 +41,7 @@ class Progress:
         self.in_collective = False
         self.line: str | None = None
         self.asks = 0
+        self.has_left = False
         self.epoch: int | None = None
         self._words: tuple[Any, ...] = ("nothing yet",)
         self._thread = threading.get_ident()
@@ -138,6 +140,7 @@ class Progress:
             "failed": self.failed,
             "asks": self.asks,
             "in_collective": self.in_collective,
+            "has_left": self.has_left,
             "words": self.words(),
         }
 

@@ -116,6 +116,8 @@ class Watch:
             self.stops.answer(record["asks"])
         if record and record["failed"] and record["failed"][0] == progress.operation:
             self._abort(f"{peer} ended this operation by {record['failed'][1]}")
+        elif record and record["has_left"]:
+            self._abort(f"{peer} has ended its program")
         elif self.board.is_alive(peer):
             self._suspects.discard(peer.index)
         elif peer.index in self._suspects:  # twice in a row
