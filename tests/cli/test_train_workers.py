@@ -164,6 +164,7 @@ def test_ctrl_c_keeps_the_finished_epochs_exits_130_and_leaves_no_process(tmp_pa
     assert list(tmp_path.glob("syncbn-job-*")) == []
 
 
+@pytest.mark.survival
 def test_a_worker_that_is_killed_gives_its_exit_code_and_keeps_the_finished_epochs(tmp_path):
     folder = tmp_path / "out"
     started = Job(tmp_path, *WORKERS, "2", "--epochs", "10000", "--output", str(folder))
