@@ -1,5 +1,7 @@
 """Collectives of every step use numbers that come again; those of any batch's shape do not."""
 
+from types import SimpleNamespace
+
 import tensorflow as tf
 from tensorflow.python.distribute.cross_device_utils import CollectiveKeys
 
@@ -7,7 +9,7 @@ import syncbn
 from syncbn._backends.tensorflow import collectives
 from syncbn._backends.tensorflow.replicas import mirrored_strategy
 from syncbn.multi_worker import replicas
-from syncbn.multi_worker.repairs.instance_keys import RING, _Rings
+from syncbn.multi_worker.repairs.instance_keys import RING, _Rings, _rings
 
 
 def test_a_ring_comes_round_and_kinds_have_rings_of_their_own():
@@ -59,3 +61,22 @@ def new_numbers(monkeypatch, scope):
 def test_sums_of_one_shape_take_no_new_numbers_and_others_do(monkeypatch):
     assert new_numbers(monkeypatch, replicas.SAME_SHAPE) == 0
     assert new_numbers(monkeypatch, "of_any_batch") == 5 * 2
+
+
+def test_a_second_strategy_has_none_of_the_numbers_of_the_first():
+    """Their records are the process's: the same number with another shape would be an error."""
+    with syncbn.enable_multi_worker():
+        numbers = []
+        for _ in range(2):
+            keys = CollectiveKeys(group_key_start=1 << 20)  # a group of no other test
+            group = keys.get_group_key(["CPU:0"])
+            numbers += [keys.get_instance_key(group, "CPU:0") for _ in range(3)]
+    assert len(set(numbers)) == 6
+    assert numbers[3] == numbers[2] + 1
+    # The second goes on from there when the repairs are undone.
+    assert keys.get_instance_key(group, "CPU:0") == numbers[-1] + 1
+
+
+def test_a_second_strategy_has_the_rings_of_the_first():
+    launchers = [SimpleNamespace(_group_key=1 << 20, _device="CPU:0") for _ in range(2)]
+    assert _rings(launchers[0]) is _rings(launchers[1])

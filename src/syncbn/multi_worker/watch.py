@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import os
 import threading
 import time
 
@@ -34,6 +35,7 @@ class Watch:
         self.verdict: str | None = None
         self.stops = Stops(board)
         self._ended = threading.Event()
+        self._process = os.getpid()
         self._place: tuple[int, ...] = ()
         self._since = time.monotonic()
         self._suspects: set[int] = set()
@@ -48,6 +50,8 @@ class Watch:
 
     def stop(self) -> None:
         """End the thread, wait for its end, and leave the others."""
+        if os.getpid() != self._process:
+            return  # a forked child: the thread and TensorFlow's are its parent's
         self._ended.set()
         self._thread.join(timeout=10)
         self.board.leave()

@@ -8,6 +8,9 @@ A record can be used again for the same shape alone, and all workers must choose
 tensors whose shape no batch decides take part, as payloads of layers, gradients of variables,
 numbers of logs. Whoever sums them says so by the name scope `SAME_SHAPE`. TensorFlow orders the
 collectives of a device one after another, so that a number never comes again while it is in use.
+
+The records are the process's, while TensorFlow counts anew for each strategy: the second one met
+those of the first, and failed where its shapes were others. Here all strategies count on.
 """
 
 from __future__ import annotations
@@ -22,7 +25,10 @@ from typing import Any
 import tensorflow as tf
 from keras.src.backend.tensorflow.optimizer import TFOptimizer
 from tensorflow.python.distribute import input_lib
-from tensorflow.python.distribute.cross_device_utils import CollectiveReplicaLauncher
+from tensorflow.python.distribute.cross_device_utils import (
+    CollectiveKeys,
+    CollectiveReplicaLauncher,
+)
 from tensorflow.python.framework import ops
 
 from syncbn.multi_worker.repair import Patch, source_probe
@@ -48,6 +54,7 @@ def patches() -> list[Patch]:
     """Where a collective gets its number, and sums of Keras's and TensorFlow's own."""
     return [
         Patch(input_lib, "_calculate_replicas_with_values", _of_one_number),
+        Patch(CollectiveKeys, "get_instance_key", _counting_on),
         Patch(CollectiveReplicaLauncher, "all_reduce", _with_kind),
         Patch(CollectiveReplicaLauncher, "_next_instance_key", _numbering),
         Patch(TFOptimizer, "_all_reduce_sum_gradients", _of_variables),
@@ -123,17 +130,30 @@ def _number(launcher: Any, kind: Hashable) -> Any:
 
 
 def _rings(launcher: Any) -> _Rings:
-    """Kept where TensorFlow keeps its own counts: launchers are made anew."""
-    keys = launcher._collective_keys
+    """Of the process, as TensorFlow's records are: launchers and strategies are made anew."""
     with _lock:
-        if not hasattr(keys, "_syncbn_rings"):
-            keys._syncbn_rings = {}
-        place = (launcher._group_key, launcher._device)
-        rings: _Rings = keys._syncbn_rings.setdefault(place, _Rings())
-        return rings
+        return _rings_of.setdefault((launcher._group_key, launcher._device), _Rings())
+
+
+def _counting_on(original: Callable[..., int]) -> Callable[..., int]:
+    """A number of which no strategy of this process has had a collective."""
+
+    @functools.wraps(original)
+    def get_instance_key(keys: Any, group_key: int, device: str) -> int:
+        number = original(keys, group_key, device)
+        with _lock:
+            number = max(number, _counts.get((group_key, device), 0))
+            # In TensorFlow's own table, too, for what follows when the repairs are undone.
+            keys._instance_key_table[group_key][device] = number + 1
+            _counts[group_key, device] = number + 1
+        return number
+
+    return get_instance_key
 
 
 _lock = threading.Lock()
+_rings_of: dict[tuple[int, str], _Rings] = {}
+_counts: dict[tuple[int, str], int] = {}
 
 
 def _of_one_number(original: Callable[..., Any]) -> Callable[..., Any]:
