@@ -120,10 +120,13 @@ def _greet(addresses: Sequence[str], index: int, timeout: float) -> None:
 
 
 def _read(connection: socket.socket) -> str:
-    """One line; nothing where the other has hung up, or says none."""
+    """One line; nothing where the other has hung up, or says none in the connection's timeout."""
     received = b""
+    deadline = time.monotonic() + (connection.gettimeout() or 0)
     with contextlib.suppress(OSError):
         while not received.endswith(b"\n") and len(received) < LONGEST:
+            # The rest for the rest of the line: one byte after another must not hold up the chief.
+            connection.settimeout(max(0.001, deadline - time.monotonic()))
             more = connection.recv(LONGEST)
             if not more:
                 break
