@@ -60,7 +60,8 @@ class Worker:
                 stderr=ends[1],
                 # A Ctrl-C of the terminal goes to the launcher, which says what happens.
                 start_new_session=True,
-                # One thread here, so that code between fork and exec is safe.
+                # No other thread here, but for one that looks up a host's name: what runs between
+                # fork and exec is safe beside it.
                 preexec_fn=lambda: tie_to_parent(parent),
             )
         except BaseException:

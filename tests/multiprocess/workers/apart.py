@@ -20,6 +20,7 @@ import tensorflow as tf
 
 from syncbn.errors import WorkerError
 from syncbn.multi_worker import board, enable_multi_worker
+from tests.multiprocess.leaving import leave
 
 WORKER = json.loads(os.environ["TF_CONFIG"])["task"]["index"]
 STEPS = 4  # of an epoch
@@ -237,14 +238,7 @@ def main(name: str, folder: Path, without: list[str]) -> None:
         sys.stderr.flush()
         os._exit(1)
     (folder / f"{name}{WORKER}.json").write_text(json.dumps(job.found))
-    if WORKER == 0 and not name.endswith("killed"):
-        # The board is the chief's: the others read it until they have ended.
-        deadline = time.monotonic() + 10
-        while not (folder / f"{name}1.json").exists() and time.monotonic() < deadline:
-            time.sleep(0.1)
-    # TensorFlow takes up to half a minute to leave a cluster whose chief has left before.
-    sys.stdout.flush()
-    os._exit(0)
+    leave()
 
 
 if __name__ == "__main__":

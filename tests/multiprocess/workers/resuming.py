@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import traceback
 import warnings
 from collections.abc import Callable
@@ -24,6 +23,7 @@ import tensorflow as tf
 
 from syncbn.layer import SyncBatchNormalization
 from syncbn.multi_worker import backup_files, enable_multi_worker
+from tests.multiprocess.leaving import leave
 
 # The test imports the names of the cases, and is no worker.
 WORKER = json.loads(os.environ.get("TF_CONFIG", '{"task": {"index": 0}}'))["task"]["index"]
@@ -322,13 +322,7 @@ def main(name: str, folder: Path) -> None:
         sys.stderr.flush()
         os._exit(1)
     (folder / f"{name}{WORKER}.json").write_text(json.dumps(job.found))
-    if WORKER == 0 and name != "killed":
-        # The board is the chief's: the others read it until they have ended.
-        deadline = time.monotonic() + 10
-        while not (folder / f"{name}1.json").exists() and time.monotonic() < deadline:
-            time.sleep(0.1)
-    sys.stdout.flush()
-    os._exit(0)
+    leave()
 
 
 if __name__ == "__main__":
