@@ -59,6 +59,34 @@ def test_killed_workers_are_resumed_to_the_same_bits(tmp_path, uninterrupted):
     assert_same_bits(found, uninterrupted)
 
 
+POOL = """
+import keras, numpy as np, syncbn, tensorflow as tf
+
+class Ones(keras.utils.PyDataset):
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        return np.ones((8, 3), "float32"), np.ones((8, 1), "float32")
+
+if __name__ == "__main__":
+    syncbn.enable_multi_worker()
+    with tf.distribute.MultiWorkerMirroredStrategy().scope():
+        model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
+        model.compile("sgd", "mse")
+    for _ in range(2):
+        model.fit(Ones(workers=2, use_multiprocessing=True), epochs=2, verbose=0)
+    print("trained")
+"""
+
+
+def test_the_processes_of_a_pydataset_end_with_their_worker(launch):
+    """They are ended by SIGTERM, which TensorFlow catches in a worker, and in what it forks."""
+    result = launch(POOL, "--workers", "2").run(60)
+    assert result.returncode == 0, result.stderr
+    assert sorted(result.stdout.splitlines()) == ["[0] trained", "[1] trained"]
+
+
 @pytest.mark.survival
 def test_workers_of_two_launchers_are_resumed_together(tmp_path, uninterrupted):
     """As on two machines: each launcher knows only that a worker of its own has ended."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import signal
 import threading
 import time
 
@@ -156,6 +157,19 @@ def start(board: Board) -> None:
     if _watch is None:
         _watch = Watch(board)
         _watch.start()
+        os.register_at_fork(after_in_child=end_by_sigterm)
+
+
+def end_by_sigterm() -> None:
+    """In a forked child, as a pool's, which is ended so and then waited for.
+
+    In a worker TensorFlow catches SIGTERM, to tell the cluster of it. A child inherits that, but
+    not the threads that would do it, and lives on: `PyDataset(use_multiprocessing=True)` never
+    ended.
+    """
+    # Python knows of none but its own handlers.
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def current() -> Watch | None:
