@@ -343,7 +343,12 @@ def threads(world: World) -> Any:
     return {"no more than before": len(list(Path("/proc/self/task").iterdir())) < before + 50}
 
 
-@scenario(covers=["memory that grows with every step"], repairs=["instance-keys"], core=FEW)
+@scenario(
+    covers=["memory that grows with every step"],
+    repairs=["instance-keys"],
+    worlds=("one", "one_repaired", "mirrored2", "mirrored4"),
+    core=("one", "mirrored2"),
+)
 def numbers_of_collectives(world: World) -> Any:
     """Each new number is a record that TensorFlow keeps: more steps must not take more of them."""
     given = [0]
