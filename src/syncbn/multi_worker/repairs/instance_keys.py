@@ -27,7 +27,6 @@ from typing import Any
 
 import tensorflow as tf
 from keras.src.backend.tensorflow.optimizer import TFOptimizer
-from tensorflow.python.distribute import input_lib
 from tensorflow.python.distribute.cross_device_utils import (
     CollectiveKeys,
     CollectiveReplicaLauncher,
@@ -54,9 +53,8 @@ def is_needed() -> bool:
 
 
 def patches() -> list[Patch]:
-    """Where a collective gets its number, and sums of Keras's and TensorFlow's own."""
+    """Where a collective gets its number, and the sum of the gradients."""
     return [
-        Patch(input_lib, "_calculate_replicas_with_values", _of_one_number),
         Patch(CollectiveKeys, "get_instance_key", _counting_on),
         Patch(CollectiveReplicaLauncher, "all_reduce", _with_kind),
         Patch(CollectiveReplicaLauncher, "_next_instance_key", _numbering),
@@ -159,17 +157,6 @@ def _counting_on(original: Callable[..., int]) -> Callable[..., int]:
 _lock = threading.Lock()
 _rings_of: dict[tuple[int, str], _Rings] = {}
 _counts: dict[tuple[int, str], int] = {}
-
-
-def _of_one_number(original: Callable[..., Any]) -> Callable[..., Any]:
-    """How many replicas have data for the next step."""
-
-    @functools.wraps(original)
-    def _calculate_replicas_with_values(*args: Any, **kwargs: Any) -> Any:
-        with tf.name_scope(SAME_SHAPE):
-            return original(*args, **kwargs)
-
-    return _calculate_replicas_with_values
 
 
 def _of_variables(original: Callable[..., Any]) -> Callable[..., Any]:
