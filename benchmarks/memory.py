@@ -9,8 +9,8 @@ Two measures, which must tell the same story:
 - resident: what the operating system had to give (VmHWM, reset before the step). TensorFlow keeps
   what it frees, and so does malloc, which would hide a second step's need: here TensorFlow takes
   its memory from malloc, and malloc gives every tensor back (a fixed MALLOC_MMAP_THRESHOLD_).
-- allocator: TensorFlow's own count, with the allocator that users have. Chunks are larger than
-  what is asked for, by a third at most for these tensors, and it knows nothing of scratch memory.
+- allocator: TensorFlow's own count, with the allocator that users have. Its chunks may be up to
+  twice as large as what is asked for, and it knows nothing of scratch memory.
 
     python benchmarks/memory.py --output benchmarks/results/memory.json
 """
@@ -186,7 +186,12 @@ def work(variant: str, measure: str) -> None:
 def in_a_process(variant: str, measure: str) -> dict[str, list[int]] | None:
     """What `work` prints in a fresh process."""
     command = [sys.executable, __file__, "--variant", variant, "--measure", measure]
-    environment = {**os.environ, "KERAS_BACKEND": "tensorflow", **MEASURES[measure]}
+    environment = {
+        **os.environ,
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+        "KERAS_BACKEND": "tensorflow",
+        **MEASURES[measure],
+    }
     result = subprocess.run(
         command, env=environment, check=False, timeout=300, stdout=subprocess.PIPE, text=True
     )
@@ -247,7 +252,7 @@ def show(figures: Mapping[str, Mapping[str, Mapping[str, float]]]) -> None:
 
 def main() -> int:
     """Measure, print a table, write the JSON."""
-    parser = options(__doc__, rounds=3)
+    parser = options(__doc__, rounds=2)
     parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)
     parser.add_argument("--measure", choices=tuple(MEASURES), help=argparse.SUPPRESS)
     arguments = parser.parse_args()

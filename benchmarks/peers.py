@@ -120,7 +120,11 @@ class Player:
             env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"},
         )
         self._made = 0
-        self.facts = self._answer()
+        try:
+            self.facts = self._answer()
+        except BaseException:
+            self.close()
+            raise
 
     def make(self, variant: str, shape: Sequence[int], replicas: int) -> Made:
         """A step of the variant, ready to be taken in turns."""
@@ -287,7 +291,7 @@ def show(found: Mapping[str, Mapping[str, float]], baseline: str) -> None:
 
 def main() -> int:
     """Measure every shape, print a table, write the JSON."""
-    parser = options(__doc__, rounds=20)
+    parser = options(__doc__, rounds=30)
     parser.add_argument("--peers", nargs="+", choices=tuple(PINS), default=list(PINS))
     arguments = parser.parse_args()
     results = []
