@@ -58,8 +58,6 @@ class Group(NamedTuple):
     baseline: str = BASELINE
 
 
-# A copy is one read and one write of a tensor: the yardstick, not a peer.
-YARDSTICK = "copy"
 GROUPS = (
     Group(2, {BASELINE: BASELINE, "tf_keras_sync": "tf_keras", "flax_sync": "flax"}),
     Group(
@@ -70,12 +68,13 @@ GROUPS = (
             "flax_local": "flax",
             "torch_contiguous": "torch",
             "torch_channels_last": "torch",
-            YARDSTICK: "torch",
         },
     ),
 )
+# A copy is one read and one write of a tensor: the yardstick, not a peer. Not on a CPU, whose
+# caches hold both tensors of these shapes.
 ON_ACCELERATOR = {
-    "torch": ("torch_contiguous", "torch_channels_last", "torch_sync", YARDSTICK),
+    "torch": ("torch_contiguous", "torch_channels_last", "torch_sync", "copy"),
     "flax": ("flax_local",),
 }
 

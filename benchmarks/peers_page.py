@@ -8,6 +8,7 @@ from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 __all__ = ["section"]
 
@@ -77,12 +78,7 @@ def _resnet(document: Mapping[str, Any], images: Path) -> list[str]:
     ]
     own = variants[OURS]
     reached = "reached" if own[key] >= RESNET_GOAL else "not reached"
-    figure = _bars(
-        {_plain(name): (found[key], found) for name, found in variants.items()},
-        f"a step of ResNet-50 on {replicas} replicas",
-        "times as fast as Keras's synchronized layer",
-    )
-    _save(figure, images / "resnet.png")
+    _save(_plot_of_resnet(variants, replicas), images / "resnet.png")
     return [
         f"A training step of `keras.applications.ResNet50` ({document['pixels']} px, batch "
         f"{document['batch_per_replica']} a replica, {replicas} replicas, SGD, float32), its "
@@ -139,14 +135,7 @@ def _memory(document: Mapping[str, Any], images: Path) -> list[str]:
         heads = ["variant", "resident, MB", "tensors", "times the fused kernel", "allocator, MB"]
         lines += [f"{layers} × ({title}):", "", *_table(heads, rows)]
         lines += [_verdict_on_memory(stack, resident[stack]), ""]
-    panels = [
-        (title, {_plain(name): (f["megabytes_median"], f) for name, f in resident[stack].items()})
-        for stack, title in STACKS.items()
-    ]
-    figure = Figure(figsize=(9, 3.2), layout="constrained")
-    for axes, (title, bars) in zip(figure.subplots(1, 2), panels, strict=True):
-        _draw_bars(axes, bars, title, "MB above the start", mark=None)
-    _save(figure, images / "memory.png")
+    _save(_plot_of_memory(resident), images / "memory.png")
     return [*lines, "![peak memory](images/memory.png)", ""]
 
 
@@ -191,10 +180,9 @@ def _peers(document: Mapping[str, Any], images: Path) -> list[str]:
     replica_counts = sorted({row["replicas"] for row in document["results"]}, reverse=True)
     for replicas in replica_counts:
         rows = [row for row in document["results"] if row["replicas"] == replicas]
-        title = f"{replicas} replicas, synchronized" if replicas > 1 else "one device"
-        lines += [f"### {title[0].upper()}{title[1:]}", ""]
+        lines += [f"### {_title(replicas)}", ""]
         lines += _table(
-            ["shape", "variant", "ms", "times as fast ours is", "of the copy's speed"],
+            ["shape", "variant", "ms", "times as fast ours is"],
             [cells for row in rows for cells in _cells_of(row)],
         )
         lines += [*_wins(rows), ""]
@@ -204,15 +192,11 @@ def _peers(document: Mapping[str, Any], images: Path) -> list[str]:
 
 
 def _cells_of(row: Mapping[str, Any]) -> list[list[str]]:
-    variants = row["variants"]
-    copy = variants.get("copy", {}).get("milliseconds_median")
     cells = []
-    for name, found in variants.items():
-        took = found["milliseconds_median"]
-        # The work is 8 passes over memory, a copy is 2.
-        share = f"{4 * copy / took:.0%}" if copy and name != "copy" else ""
-        ratio = "" if name in (OURS, "copy") else _spread(found, f"{OURS}_times_as_fast")
-        cells.append([str(row["shape_per_replica"]), NAMES[name], f"{took:.3g}", ratio, share])
+    for name, found in row["variants"].items():
+        took = f"{found['milliseconds_median']:.3g}"
+        ratio = "" if name == OURS else _spread(found, f"{OURS}_times_as_fast")
+        cells.append([str(row["shape_per_replica"]), NAMES[name], took, ratio])
     return cells
 
 
@@ -223,7 +207,7 @@ def _wins(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     behind = 0
     for row in rows:
         for name, found in row["variants"].items():
-            if name in (OURS, "copy"):
+            if name == OURS:
                 continue
             shape = str(row["shape_per_replica"])
             if found["upper_quartile"] < 1:
@@ -249,67 +233,91 @@ def _on_accelerators(rows: Sequence[Mapping[str, Any]]) -> list[str]:
             "peers on a GPU, were not measured; the code for that has never run.",
             "",
         ]
-    cells = [
-        [row["device"], str(row["shape_per_replica"]), NAMES[name], f"{f['milliseconds_median']}"]
-        for row in rows
-        for name, f in row["variants"].items()
-    ]
-    return ["### On a GPU", "", *_table(["device", "shape", "variant", "ms"], cells)]
+    cells = []
+    for row in rows:
+        copy = row["variants"].get("copy", {}).get("milliseconds_median")
+        for name, found in row["variants"].items():
+            took = found["milliseconds_median"]
+            # The work is 8 passes over memory, a copy is 2.
+            share = f"{4 * copy / took:.0%}" if copy and name != "copy" else ""
+            shape = str(row["shape_per_replica"])
+            cells.append([row["device"], shape, NAMES[name], f"{took:.3g}", share])
+    heads = ["device", "shape", "variant", "ms", "of the copy's speed"]
+    return ["### On a GPU", "", *_table(heads, cells)]
 
 
 def _plot_of_peers(results: Sequence[Mapping[str, Any]], replica_counts: Sequence[int]) -> Figure:
-    figure = Figure(figsize=(9, 4.6), layout="constrained")
-    panels = figure.subplots(1, len(replica_counts), squeeze=False)[0]
-    for axes, replicas in zip(panels, replica_counts, strict=True):
+    panels = []
+    for replicas in replica_counts:
         bars = {
-            f"{row['shape_per_replica']} {_plain(name)}": (found[f"{OURS}_times_as_fast"], found)
+            f"{_plain(name)}  {row['shape_per_replica']}": (found[f"{OURS}_times_as_fast"], found)
             for row in results
             if row["replicas"] == replicas
             for name, found in row["variants"].items()
-            if name not in (OURS, "copy")
+            if name != OURS
         }
-        title = f"{replicas} replicas, synchronized" if replicas > 1 else "one device"
-        _draw_bars(axes, bars, title, "times as fast ours is (left of 1 the peer wins)", mark=1.0)
+        panels.append((_title(replicas), bars))
+    heights = [len(bars) + 2 for _, bars in panels]
+    figure = Figure(figsize=(8.5, 0.24 * sum(heights) + 0.8), layout="constrained")
+    grid = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights, sharex=True)
+    for axes, (title, bars) in zip(grid[:, 0], panels, strict=True):
+        colours = [RED if value < 1 else BLUE for value, _ in bars.values()]
+        _draw_bars(axes, bars, colours, start=1)
+        axes.set_title(title, fontsize=10)
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(FixedLocator([0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100]))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.axvline(1, color="black", linewidth=0.8)
+    label = "times as fast ours is; left of 1 (red) the peer is faster"
+    grid[-1, 0].set_xlabel(label, fontsize=9)
     return figure
 
 
-def _bars(bars: Mapping[str, tuple[float, Any]], title: str, label: str) -> Figure:
+def _title(replicas: int) -> str:
+    return f"{replicas} replicas, synchronized" if replicas > 1 else "One device"
+
+
+def _plot_of_resnet(variants: Mapping[str, Mapping[str, float]], replicas: int) -> Figure:
     figure = Figure(figsize=(7, 2.2), layout="constrained")
-    _draw_bars(figure.subplots(), bars, title, label, mark=1.0)
+    axes = figure.subplots()
+    key = "times_as_fast_as_keras_sync"
+    _draw_bars(axes, {_plain(name): (found[key], found) for name, found in variants.items()})
+    axes.axvline(1, color="black", linewidth=0.8, linestyle="--")
+    axes.set_title(f"a step of ResNet-50 on {replicas} replicas", fontsize=10)
+    axes.set_xlabel("times as fast as with Keras's synchronized layer", fontsize=9)
+    return figure
+
+
+def _plot_of_memory(stacks: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Figure:
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    for axes, (stack, title) in zip(figure.subplots(1, 2), STACKS.items(), strict=True):
+        found = stacks[stack].items()
+        _draw_bars(axes, {_plain(name): (one["megabytes_median"], one) for name, one in found})
+        axes.set_title(title.replace("1 × 1 convolution, ", "convolution, "), fontsize=10)
+        axes.set_xlabel("peak, MB above the start", fontsize=9)
     return figure
 
 
 def _draw_bars(
     axes: Any,
     bars: Mapping[str, tuple[float, Mapping[str, float]]],
-    title: str,
-    label: str,
-    mark: float | None,
+    colours: Sequence[str] | None = None,
+    start: float = 0,
 ) -> None:
-    """Lying bars with their quartiles, the first on top; ours, or what beats it, in colour."""
+    """Lying bars with their quartiles, the first on top; without colours ours stand out."""
     names = list(bars)
     values = [value for value, _ in bars.values()]
-    spread = [
-        [value - found["lower_quartile"] for value, found in bars.values()],
-        [found["upper_quartile"] - value for value, found in bars.values()],
-    ]
-    ours = any(name.startswith(OURS) for name in names)
-    colours = [
-        (BLUE if name.startswith(OURS) else GREY)
-        if ours or mark is None
-        else (RED if value < mark else BLUE)
-        for name, value in zip(names, values, strict=True)
-    ]
-    axes.barh(names, values, color=colours, height=0.7)
+    if colours is None:
+        colours = [BLUE if name.startswith(OURS) else GREY for name in names]
     # Rounding may put a median a digit outside of its quartiles.
-    spread = [[max(0.0, one) for one in side] for side in spread]
-    axes.errorbar(values, names, xerr=spread, fmt="none", ecolor="black", elinewidth=1, capsize=2)
-    if mark is not None:
-        axes.axvline(mark, color="black", linewidth=0.8, linestyle="--")
+    low = [max(0.0, value - found["lower_quartile"]) for value, found in bars.values()]
+    high = [max(0.0, found["upper_quartile"] - value) for value, found in bars.values()]
+    axes.barh(names, [value - start for value in values], left=start, color=colours, height=0.7)
+    axes.errorbar(
+        values, names, xerr=[low, high], fmt="none", ecolor="black", elinewidth=1, capsize=2
+    )
     axes.invert_yaxis()
-    axes.set_title(title, fontsize=10)
-    axes.set_xlabel(label, fontsize=9)
     axes.tick_params(labelsize=8)
 
 

@@ -45,7 +45,6 @@ def peers_document():
                 "variants": {
                     "syncbn": ratio(1, 1, 1, 10.0),
                     "flax_local": ratio(0.2, 0.25, 0.3, 2.5),
-                    "copy": ratio(0.1, 0.1, 0.1, 1.0),
                 },
             },
         ],
@@ -117,8 +116,16 @@ def test_where_a_peer_wins_the_page_says_so(section):
     assert "- Not to be told apart from ours: flax, `axis_name` on [16, 8, 8, 4]." in text
     assert "- Ours is faster in 1 of the comparisons." in text
     assert "No GPU was at hand" in text
+
+
+def test_kernels_on_a_gpu_are_held_against_the_speed_of_a_copy(section):
+    document = peers_document()
+    variants = {name: {"milliseconds_median": ms} for name, ms in (("torch_sync", 10), ("copy", 1))}
+    row = {"device": "cuda", "shape_per_replica": [16, 8, 8, 4], "variants": variants}
+    text = section({"peers": {**document, "on_accelerators": [row]}})
     # A copy of 1 ms is 2 of 8 passes: 10 ms are 40 % of its speed.
-    assert "| [64, 128] | syncbn | 10 |  | 40% |" in text
+    assert "| cuda | [16, 8, 8, 4] | torch `SyncBatchNorm` | 10 | 40% |" in text
+    assert "No GPU was at hand" not in text
 
 
 def test_a_peer_that_never_wins_is_not_said_to_win(section):
