@@ -145,3 +145,10 @@ def test_every_variant_has_a_player_and_every_peer_has_pins(peers):
     assert set(peers.ON_ACCELERATOR) <= set(peers.PINS)
     pinned = [name for step in peers.PINS.values() for names in step for name in names]
     assert all("==" in name or name == "--no-deps" for name in pinned)
+
+
+def test_tf_keras_comes_with_the_tensorflow_that_is_locked(peers):
+    lock = (BENCHMARKS.parent / "requirements.lock").read_text()
+    tensorflow, tf_keras = peers.PINS["tf_keras"][0][0], peers.PINS["tf_keras"][1][-1]
+    assert tensorflow in lock
+    assert tf_keras.split("==")[1] == tensorflow.split("==")[1]
