@@ -163,10 +163,11 @@ class Player:
         ready, _, _ = select.select([output], [], [], self._timeout)
         line = output.readline() if ready else b""
         if not line:
+            received = "none" if not ready else "its end"
             self._process.kill()
             raise RuntimeError(
-                f"`{' '.join(self._command)}` requires an answer within {self._timeout:.0f} s. "
-                "Received: none, it ended or hangs. What it printed is above."
+                f"An answer within {self._timeout:.0f} s is required of "
+                f"`{' '.join(self._command)}`. Received: {received}. Look at what it printed above."
             )
         answer: dict[str, Any] = json.loads(line)
         return answer
@@ -218,7 +219,7 @@ def figures(seconds: Mapping[str, list[float]], baseline: str) -> dict[str, dict
     found = {}
     for name, own in seconds.items():
         ratios = [one / base for one, base in zip(own, seconds[baseline], strict=True)]
-        low, median, high = statistics.quantiles(ratios, n=4)
+        low, median, high = statistics.quantiles(ratios, n=4, method="inclusive")
         found[name] = {
             "milliseconds_median": round(1e3 * statistics.median(own), 4),
             f"{baseline}_times_as_fast": round(median, 3),
@@ -261,20 +262,24 @@ def started(peers: Sequence[str], device: str | None = None) -> Iterator[dict[st
 
 
 def on_accelerators(found: Mapping[str, str], rounds: int) -> list[dict[str, Any]]:
-    """Figures of each peer's variants on the accelerator that its framework has found."""
-    results = []
+    """Figures of each peer's variants on the accelerator that its framework has found.
+
+    A peer that fails there has a row that says so: the figures of the CPU do not depend on it.
+    """
+    results: list[dict[str, Any]] = []
     for peer, device in found.items():
         variants = ON_ACCELERATOR.get(peer, ())
         if not variants:
             continue
         group = Group(1, dict.fromkeys(variants, peer), baseline=variants[0])
-        with started([peer], device) as players:
-            for shape in SHAPES:
-                if len(shape) == 4:
-                    variants_found = measure(group, players, shape, rounds)
-                    results.append(
-                        {"device": device, "shape_per_replica": shape, "variants": variants_found}
-                    )
+        try:
+            with started([peer], device) as players:
+                for shape in (shape for shape in SHAPES if len(shape) == 4):
+                    row = {"device": device, "shape_per_replica": shape}
+                    results.append({**row, "variants": measure(group, players, shape, rounds)})
+        except RuntimeError as error:
+            print(f"{peer} on {device}: {error}", file=sys.stderr)
+            results.append({"device": device, "peer": peer, "error": str(error)})
     return results
 
 

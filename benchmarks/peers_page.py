@@ -234,7 +234,7 @@ def _on_accelerators(rows: Sequence[Mapping[str, Any]]) -> list[str]:
             "",
         ]
     cells = []
-    for row in rows:
+    for row in (row for row in rows if "variants" in row):
         copy = row["variants"].get("copy", {}).get("milliseconds_median")
         for name, found in row["variants"].items():
             took = found["milliseconds_median"]
@@ -243,7 +243,12 @@ def _on_accelerators(rows: Sequence[Mapping[str, Any]]) -> list[str]:
             shape = str(row["shape_per_replica"])
             cells.append([row["device"], shape, NAMES[name], f"{took:.3g}", share])
     heads = ["device", "shape", "variant", "ms", "of the copy's speed"]
-    return ["### On a GPU", "", *_table(heads, cells)]
+    failed = [
+        f"Not measured on {row['device']}: {row['peer']} failed there."
+        for row in rows
+        if "error" in row
+    ]
+    return ["### On a GPU", "", *_table(heads, cells), *failed, ""]
 
 
 def _plot_of_peers(results: Sequence[Mapping[str, Any]], replica_counts: Sequence[int]) -> Figure:

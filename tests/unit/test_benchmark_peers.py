@@ -1,5 +1,6 @@
 """Processes that take turns: what they are told, what they must agree on, and how they end."""
 
+import contextlib
 import subprocess
 import sys
 import textwrap
@@ -84,7 +85,7 @@ def test_players_that_give_other_values_are_refused(peers, player, value):
 
 
 def test_a_player_that_ends_or_hangs_is_an_error_that_names_it(player):
-    with pytest.raises(RuntimeError, match=r"player0\.py 0 1\.0` requires an answer"):
+    with pytest.raises(RuntimeError, match=r"player0\.py 0 1\.0`\. Received: its end"):
         player(0, code="raise SystemExit(3)")
     with pytest.raises(RuntimeError, match="within 1 s"):
         player(0, code="import time; time.sleep(60)", timeout=1)
@@ -135,6 +136,23 @@ def test_an_environment_that_cannot_be_made_is_one_error_with_the_way_out(
     with pytest.raises(RuntimeError, match=r"The peer flax requires .* --peers NAME"):
         peers.environment("flax", tmp_path)
     assert not (tmp_path / "flax" / "pins.json").exists()
+
+
+def test_a_peer_that_fails_on_an_accelerator_leaves_the_other_figures(
+    peers, player, monkeypatch, capsys
+):
+    def started(names, device):
+        assert device == "cuda"
+        return contextlib.nullcontext({names[0]: player(0, code=codes[names[0]])})
+
+    codes = {"torch": FAKE, "flax": "raise SystemExit(3)"}
+    monkeypatch.setattr(peers, "started", started)
+    monkeypatch.setattr(peers, "SHAPES", ((2, 1, 1, 3), (4, 3)))
+    found = peers.on_accelerators({"torch": "cuda", "flax": "cuda"}, 2)
+    assert [row.get("shape_per_replica") for row in found] == [(2, 1, 1, 3), None]
+    assert set(found[0]["variants"]) == set(peers.ON_ACCELERATOR["torch"])
+    assert (found[1]["peer"], found[1]["device"]) == ("flax", "cuda")
+    assert "flax on cuda: An answer" in capsys.readouterr().err
 
 
 def test_every_variant_has_a_player_and_every_peer_has_pins(peers):

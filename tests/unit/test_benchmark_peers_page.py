@@ -122,7 +122,9 @@ def test_kernels_on_a_gpu_are_held_against_the_speed_of_a_copy(section):
     document = peers_document()
     variants = {name: {"milliseconds_median": ms} for name, ms in (("torch_sync", 10), ("copy", 1))}
     row = {"device": "cuda", "shape_per_replica": [16, 8, 8, 4], "variants": variants}
-    text = section({"peers": {**document, "on_accelerators": [row]}})
+    failed = {"device": "gpu", "peer": "flax", "error": "it ended"}
+    text = section({"peers": {**document, "on_accelerators": [row, failed]}})
+    assert "Not measured on gpu: flax failed there." in text
     # A copy of 1 ms is 2 of 8 passes: 10 ms are 40 % of its speed.
     assert "| cuda | [16, 8, 8, 4] | torch `SyncBatchNorm` | 10 | 40% |" in text
     assert "No GPU was at hand" not in text
