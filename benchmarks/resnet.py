@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 # Before TensorFlow: it sets the environment.
-from layer import interleaved, show
+from layer import FusedLocal, interleaved, show
 
 import keras  # isort: skip
 import numpy as np
@@ -38,6 +38,8 @@ VARIANTS: dict[str, Convert] = {
     "syncbn": syncbn.SyncBatchNormalization.from_config,
     BASELINE: lambda config: keras.layers.BatchNormalization(**{**config, "synchronized": True}),
     "keras_local": keras.layers.BatchNormalization.from_config,
+    # The bound: what a step takes beside synchronizing and composing.
+    "fused_local": FusedLocal.from_config,
 }
 
 
