@@ -32,7 +32,7 @@ LOADED = "import sys, json; print(json.dumps(sorted(m.split('.')[0] for m in sys
         *(
             "import syncbn\nwith __import__('contextlib').suppress(SystemExit): "
             f"__import__('syncbn.cli').cli.main([{command!r}, '--help'])"
-            for command in ("train", "launch")
+            for command in ("train", "launch", "bench")
         ),
         "import syncbn.launch.supervisor",
     ],
@@ -109,7 +109,7 @@ def test_frameworks_are_imported_in_the_backends_alone(path):
         return
     found = {name.split(".")[0] for name in imports_of(path)} & (FRAMEWORKS - {"keras"})
     # The command asks whether TensorFlow is there, to say what to install.
-    allowed = {"tensorflow"} if path == SOURCE / "cli" / "train.py" else set()
+    allowed = {"tensorflow"} if path == SOURCE / "cli" / "start.py" else set()
     assert found <= allowed
 
 

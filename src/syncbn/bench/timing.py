@@ -33,16 +33,28 @@ class Quartiles(NamedTuple):
         return cls(*statistics.quantiles(values, n=4, method="inclusive"))
 
 
-def take_turns(steps: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each step in each round; who is first changes from round to round."""
+def take_turns(
+    steps: Mapping[str, Callable[[], object]],
+    rounds: int,
+    stop: Callable[[], None] = lambda: None,
+) -> dict[str, list[float]]:
+    """Seconds of each step in each round; who is first changes from round to round.
+
+    Args:
+        steps: by name.
+        rounds: how many times each is taken, after some that do not count.
+        stop: called between steps; raises to end the measurement.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for step in steps.values():
         for _ in range(_WARM_UP):
+            stop()
             step()
     names = list(steps)
     for turn in range(rounds):
         first = turn % len(names)
         for name in names[first:] + names[:first]:
+            stop()
             start = time.perf_counter()
             steps[name]()
             seconds[name].append(time.perf_counter() - start)

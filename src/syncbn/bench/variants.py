@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["FUSED_LOCAL", "KERAS_LOCAL", "KERAS_SYNC", "OURS", "fused_local", "variants"]
+__all__ = [
+    "FUSED_LOCAL",
+    "KERAS_LOCAL",
+    "KERAS_SYNC",
+    "OURS",
+    "fused_local",
+    "legacy_variants",
+    "variants",
+]
 
 OURS = "syncbn"
 KERAS_SYNC = "keras_sync"
@@ -14,18 +23,28 @@ KERAS_LOCAL = "keras_local"
 FUSED_LOCAL = "fused_local"
 
 
-def variants() -> dict[str, Callable[[], Any]]:
-    """What makes each layer, by name."""
+def variants() -> dict[str, Callable[..., Any]]:
+    """What makes each layer, by name; all take the arguments of Keras's."""
     import keras
 
     import syncbn
 
     return {
         OURS: syncbn.SyncBatchNormalization,
-        KERAS_SYNC: lambda: keras.layers.BatchNormalization(synchronized=True),
+        KERAS_SYNC: functools.partial(keras.layers.BatchNormalization, synchronized=True),
         KERAS_LOCAL: keras.layers.BatchNormalization,
         FUSED_LOCAL: fused_local(),
     }
+
+
+def legacy_variants() -> dict[str, Callable[..., Any]]:
+    """The same for Keras 2, where it is installed; otherwise nothing."""
+    if importlib.util.find_spec("tf_keras") is None:
+        return {}
+    import tf_keras
+
+    layers = tf_keras.layers
+    return {"tf_keras_sync": functools.partial(layers.BatchNormalization, synchronized=True)}
 
 
 @functools.cache
