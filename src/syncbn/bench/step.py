@@ -52,7 +52,15 @@ def copy_elements(strategy: Any) -> int:
     On CPU those of [16, 56, 56, 64], the largest input that is measured; GPUs have caches of tens
     of megabytes.
     """
-    on_gpu = any("GPU" in device for device in strategy.extended.worker_devices)
+    import tensorflow as tf
+
+    # Without a strategy TensorFlow takes the first GPU that there is.
+    devices = (
+        strategy.extended.worker_devices
+        if tf.distribute.has_strategy() or strategy.num_replicas_in_sync > 1
+        else [device.name for device in tf.config.list_logical_devices()]
+    )
+    on_gpu = any("GPU" in device for device in devices)
     return 2**26 if on_gpu else 16 * 56 * 56 * 64
 
 
