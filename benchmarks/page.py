@@ -10,7 +10,7 @@ import importlib
 import json
 import sys
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,21 +67,24 @@ def page(results: Mapping[str, Any], images: Path) -> str:
         # Each is delivered with the benchmark that it is about.
         if (HERE / f"{name}.py").exists():
             lines += importlib.import_module(name).section(results, images)
-    wrapped = [_wrapped(line) for line in [*lines, *_how_to_reproduce(results)]]
-    return "\n".join(wrapped) + "\n"
+    return "\n".join(_wrapped([*lines, *_how_to_reproduce(results)])) + "\n"
 
 
-def _wrapped(line: str) -> str:
-    """Prose in lines of the documents' width; a table's row, a command, a heading as it is."""
-    if line.startswith(("|", "$", "#", "!", "`", "    ")):
-        return line
-    return textwrap.fill(
-        line,
-        WIDTH,
-        subsequent_indent="  " if line.startswith("- ") else "",
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
+def _wrapped(lines: Sequence[str]) -> Iterator[str]:
+    """Prose in lines of the documents' width; rows of tables, headings and code as they are."""
+    in_code = False
+    for line in lines:
+        in_code ^= line.startswith("```")
+        if in_code or not line or line.startswith(("|", "#", "![", "```")):
+            yield line
+            continue
+        yield textwrap.fill(
+            line,
+            WIDTH,
+            subsequent_indent="  " if line.startswith("- ") else "",
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
 
 
 def _machines(results: Mapping[str, Any]) -> list[str]:

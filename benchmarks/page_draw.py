@@ -85,7 +85,7 @@ def bars(
     axes.invert_yaxis()
     axes.set_xlim(0, 1.1 * most)
     axes.set_xlabel(label)
-    figure.legend(loc="outside upper center", ncols=4, frameon=False, fontsize=8)
+    figure.legend(loc="outside upper center", ncols=5, frameon=False, fontsize=8)
     _tidy(axes)
     save(figure, path)
 
