@@ -55,6 +55,13 @@ def test_a_cost_within_what_equal_steps_differ_by_is_none():
     assert verdict(around(1.015, 0.002), equal=around(1.0, 0.002)).outcome is Outcome.WORTH_IT
 
 
+def test_what_equal_steps_differ_by_is_taken_off():
+    cost = around(1.04, 0.002)
+    assert verdict(cost, equal=around(1.0, 0.002)).outcome is Outcome.WORTH_IT
+    for equal in (1.05, 0.95):
+        assert verdict(cost, equal=around(equal, 0.002)).outcome is Outcome.FREE
+
+
 def test_a_step_that_is_shorter_costs_nothing():
     assert verdict(around(0.9)).outcome is Outcome.FREE
 

@@ -33,7 +33,7 @@ class BenchSettings:
 
     shapes: tuple[tuple[int, ...], ...] = SHAPES
     replicas: int | None = None
-    rounds: int = 20
+    rounds: int = 30
     batch: int = 8
     image: int = 64
     output: Path | None = None

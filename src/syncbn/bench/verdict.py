@@ -102,7 +102,9 @@ def judge(
     """
     cost = own_over_local.minus_one()
     equal = equal_steps.minus_one()
-    noise = max(abs(equal.at_least), abs(equal.at_most))
+    # Chance is in the intervals; what two equal steps differ by beyond it, in where their memory
+    # lies or which was traced first, is in none.
+    noise = abs(equal.quartiles.median)
     most = worth_up_to(cost.quartiles.median)
     remarks = [_of_keras(keras_over_own, noise), _rule_of_thumb()]
     if batch > most:
@@ -133,7 +135,7 @@ def judge(
 def _free(cost: Spread, noise: float) -> str:
     return (
         f"Synchronizing costs nothing that could be measured here ({_range(cost.quartiles)} of a "
-        f"step of training, where two equal steps differ by up to {_percent(noise)}): worth it at "
+        f"step of training, where two equal steps differ by {_percent(noise)}): worth it at "
         f"about {max(ERROR_ADDED)} examples a device or fewer, and harmless at more."
     )
 
@@ -142,8 +144,7 @@ def _undecided(cost: Spread, noise: float) -> str:
     return (
         f"Whether synchronizing is worth it here cannot be told: it makes a step of training "
         f"between {_percent(cost.at_least)} and {_percent(cost.at_most)} longer, where two equal "
-        f"steps differ by up to {_percent(noise)}; run it on a quieter machine or with more "
-        "--rounds."
+        f"steps differ by {_percent(noise)}; run it on a quieter machine or with more --rounds."
     )
 
 
