@@ -19,14 +19,21 @@ EQUAL = around(1.0)
 SLOWER_KERAS = around(1.5)
 
 
-def verdict(cost, *, equal=EQUAL, keras=SLOWER_KERAS, batch=8):
-    return judge(own_over_local=cost, equal_steps=equal, keras_over_own=keras, batch=batch)
+def verdict(cost, *, equal=EQUAL, keras=SLOWER_KERAS, keras_local=EQUAL, batch=8):
+    return judge(
+        own_over_local=cost,
+        equal_steps=equal,
+        keras_over_own=keras,
+        keras_local_over_own=keras_local,
+        batch=batch,
+    )
 
 
 def test_a_small_cost_is_worth_it_at_a_small_batch():
     found = verdict(around(1.04), batch=8)
     assert (found.outcome, found.worth_up_to) == (Outcome.WORTH_IT, 8)
-    assert "4 % longer (half of the rounds between 3 and 5 %) here" in found.sentence
+    assert "4 % longer here than with TensorFlow's fused local kernel" in found.sentence
+    assert "(half of the rounds between 3 and 5 %)" in found.sentence
     assert "worth it at your 8 examples a device" in found.sentence
     assert "about 8 examples a device or fewer, and not at more" in found.sentence
 
@@ -42,7 +49,7 @@ def test_a_small_cost_is_not_worth_it_where_local_statistics_suffice():
 def test_a_large_cost_is_dear_and_larger_batches_are_the_remedy(cost, most):
     found = verdict(around(cost), batch=8)
     assert (found.outcome, found.worth_up_to) == (Outcome.DEAR, most)
-    assert found.sentence.startswith("Synchronizing is dear here")
+    assert found.sentence.startswith("Synchronizing is dear: ")
     assert "larger batches" in found.sentence
     assert (f"about {most} examples" in found.sentence) == (most > 0)
 
@@ -75,9 +82,12 @@ def test_measurements_that_scatter_too_much_decide_nothing():
 
 @pytest.mark.parametrize(("ratio", "word"), [(1.5, "slower"), (1.0, "as fast"), (0.7, "faster")])
 def test_it_says_how_fast_keras_is(ratio, word):
-    remark = verdict(around(1.04), keras=around(ratio)).remarks[0]
-    assert f"synchronized=True is {word} here" in remark
-    assert f"takes {ratio:.2f} (" in remark
+    remarks = verdict(around(1.04), keras=around(ratio)).remarks
+    assert f"synchronized=True is {word} here" in remarks[0]
+    assert f"takes {ratio:.2f} (" in remarks[0]
+    assert "local BatchNormalization is as fast here" in remarks[1]
+    remarks = verdict(around(1.04), keras_local=around(ratio)).remarks
+    assert f"local BatchNormalization is {word} here" in remarks[1]
 
 
 def test_no_sentence_says_minus_zero():
@@ -95,7 +105,7 @@ def test_the_dearer_the_fewer_examples_it_is_worth_it_for():
 
 
 def test_the_rule_of_thumb_names_its_source_and_all_of_its_figures():
-    remark = verdict(around(1.04)).remarks[1]
+    remark = verdict(around(1.04)).remarks[2]
     assert "arXiv:1803.08494" in remark
     for examples, points in ERROR_ADDED.items():
         assert f"{points} at {examples}" in remark

@@ -11,7 +11,7 @@ from syncbn.bench.layer import measure_layer
 from syncbn.bench.settings import BenchSettings
 from syncbn.bench.timing import summarize
 from syncbn.bench.training import measure_training
-from syncbn.bench.variants import FUSED_LOCAL, KERAS_SYNC, OURS, variants
+from syncbn.bench.variants import FUSED_LOCAL, KERAS_LOCAL, KERAS_SYNC, OURS, variants
 from syncbn.bench.verdict import Spread, Verdict, judge
 
 __all__ = ["AGAIN", "ShortBenchmark", "verdict_of"]
@@ -97,6 +97,7 @@ def verdict_of(training: dict[str, Any]) -> Verdict:
         own_over_local=spread(OURS, FUSED_LOCAL),
         equal_steps=spread(AGAIN, FUSED_LOCAL),
         keras_over_own=spread(KERAS_SYNC, OURS),
+        keras_local_over_own=spread(KERAS_LOCAL, OURS),
         batch=training["batch_per_replica"],
     )
 

@@ -90,14 +90,20 @@ def worth_up_to(cost: float) -> int:
 
 
 def judge(
-    own_over_local: Spread, equal_steps: Spread, keras_over_own: Spread, batch: int
+    own_over_local: Spread,
+    equal_steps: Spread,
+    keras_over_own: Spread,
+    keras_local_over_own: Spread,
+    batch: int,
 ) -> Verdict:
     """The verdict on a step of training, of which `batch` examples are on each device.
 
     Args:
-        own_over_local: seconds of the step with synchronized layers, relative to local ones.
+        own_over_local: seconds of the step with synchronized layers, relative to the least that
+            local ones take, with TensorFlow's fused kernel.
         equal_steps: those of one step with local layers, relative to another just like it.
         keras_over_own: those with Keras's synchronized layers, relative to ours.
+        keras_local_over_own: those with Keras's local layers, relative to ours.
         batch: examples on each device.
     """
     cost = own_over_local.minus_one()
@@ -106,13 +112,20 @@ def judge(
     # lies or which was traced first, is in none.
     noise = abs(equal.quartiles.median)
     most = worth_up_to(cost.quartiles.median)
-    remarks = [_of_keras(keras_over_own, noise), _rule_of_thumb()]
+    remarks = [
+        _beside("Keras's own synchronized=True", keras_over_own, noise),
+        _beside("Keras's local BatchNormalization", keras_local_over_own, noise),
+        _rule_of_thumb(),
+    ]
     if batch > most:
         remarks.append(
             f"Measured at {batch} examples a device: with fewer, synchronizing is a larger share "
             "of a step; --batch measures that."
         )
-    longer = f"{_percent(cost.quartiles.median)} longer ({_range(cost.quartiles)})"
+    longer = (
+        f"{_percent(cost.quartiles.median)} longer here than with TensorFlow's fused local kernel "
+        f"({_range(cost.quartiles)})"
+    )
     if cost.at_least <= noise:
         if worth_up_to(cost.at_most) < 8:
             return Verdict(Outcome.UNDECIDED, most, remarks, _undecided(cost, noise))
@@ -126,7 +139,7 @@ def judge(
         else f"your {batch} examples a device are enough for local statistics"
     )
     sentence = (
-        f"Synchronizing makes a step of training {longer} here: {here}; it is worth it at about "
+        f"Synchronizing makes a step of training {longer}: {here}; it is worth it at about "
         f"{most} examples a device or fewer, and not at more."
     )
     return Verdict(outcome, most, remarks, sentence)
@@ -135,8 +148,8 @@ def judge(
 def _free(cost: Spread, noise: float) -> str:
     return (
         f"Synchronizing costs nothing that could be measured here ({_range(cost.quartiles)} of a "
-        f"step of training, where two equal steps differ by {_percent(noise)}): worth it at "
-        f"about {max(ERROR_ADDED)} examples a device or fewer, and harmless at more."
+        "step of training with TensorFlow's fused local kernel, where two equal steps differ by "
+        f"{_percent(noise)}): worth it at about {max(ERROR_ADDED)} examples a device or fewer, and harmless at more."
     )
 
 
@@ -157,18 +170,19 @@ def _dear(longer: str, most: int, batch: int) -> str:
     remedy = "; with more, local statistics cost less"
     if batch > most:
         remedy = "; larger batches on each device make it a smaller share, and need it less"
-    return f"Synchronizing is dear here: it makes a step of training {longer}, {worth}{remedy}."
+    return f"Synchronizing is dear: it makes a step of training {longer}, {worth}{remedy}."
 
 
-def _of_keras(keras_over_own: Spread, noise: float) -> str:
-    quartiles = keras_over_own.quartiles
+def _beside(what: str, over_own: Spread, noise: float) -> str:
+    quartiles = over_own.quartiles
     times = f"{quartiles.median:.2f} ({quartiles.low:.2f} to {quartiles.high:.2f})"
+    word = "as fast"
+    if over_own.at_least > 1 + noise:
+        word = "slower"
+    elif over_own.at_most < 1 - noise:
+        word = "faster"
     step = f"its step of training takes {times} times as long as with syncbn"
-    if keras_over_own.at_least > 1 + noise:
-        return f"Keras's own synchronized=True is slower here: {step}."
-    if keras_over_own.at_most < 1 - noise:
-        return f"Keras's own synchronized=True is faster here: {step}."
-    return f"Keras's own synchronized=True is as fast here: {step}."
+    return f"{what} is {word} here: {step}."
 
 
 def _rule_of_thumb() -> str:
