@@ -149,7 +149,8 @@ def _free(cost: Spread, noise: float) -> str:
     return (
         f"Synchronizing costs nothing that could be measured here ({_range(cost.quartiles)} of a "
         "step of training with TensorFlow's fused local kernel, where two equal steps differ by "
-        f"{_percent(noise)}): worth it at about {max(ERROR_ADDED)} examples a device or fewer, and harmless at more."
+        f"{_percent(noise)}): worth it at about {max(ERROR_ADDED)} examples a device or fewer, and "
+        "harmless at more."
     )
 
 
