@@ -44,14 +44,15 @@ CONSTANTS = (
     # Published times of small all-reduces over what this model says of the same machines:
     # 0.97 (29.79 µs, 2 nodes of 8 GPUs on PCI, NVIDIA/nccl#757), 1.34 (93.12 µs, ring on two DGX
     # A100, nccl#812), 2.25 (33.7 µs, ring on one DGX A100, nccl-tests#123), 2.44 (61.58 µs where
-    # NCCL itself expected 25.21, nodes of 8 H100, nccl#1453). NCCL's own expectation is the low end.
+    # NCCL itself expected 25.21, nodes of 8 H100, nccl#1453). The low end is NCCL's expectation.
     Constant(
         "measured_over_model",
         1.0,
         2.44,
         "times",
-        "1: NCCL's model itself; 2.44: 61.58 µs measured where NCCL logged 25.21 (NVIDIA/nccl#1453), "
-        "the worst of four published measurements (also nccl#757, nccl#812, nccl-tests#123)",
+        "1: NCCL's model itself; 2.44: 61.58 µs measured where NCCL logged 25.21 "
+        "(NVIDIA/nccl#1453), the worst of four published measurements (also nccl#757, nccl#812, "
+        "nccl-tests#123)",
     ),
 )
 

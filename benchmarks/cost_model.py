@@ -201,9 +201,7 @@ def keras_bytes(channels: int) -> tuple[int, ...]:
     return (channels * 4,) * 5
 
 
-def predict(
-    layers: Iterable[int], ranks: int, bytes_of: Callable[[int], Sequence[int]]
-) -> Range:
+def predict(layers: Iterable[int], ranks: int, bytes_of: Callable[[int], Sequence[int]]) -> Range:
     """Seconds that the collectives of a step take, one after the other.
 
     One after the other is what happens: a layer's forward needs the layer before it, and

@@ -99,10 +99,10 @@ def _collectives(
 ) -> Counter[Collective]:
     """Of one replica, from the graph of the function and of those that it calls."""
 
-    @tf.function(autograph=False)
-    def function(x: Any) -> Any:
+    def on_all(x: Any) -> Any:
         return strategy.run(run, args=(x,))
 
+    function = tf.function(on_all, autograph=False)
     graph = function.get_concrete_function(x).graph.as_graph_def(add_shapes=True)
     nodes = [*graph.node, *(node for f in graph.library.function for node in f.node_def)]
     counts = Counter(
