@@ -73,7 +73,7 @@ REPLICA_BATCHES = (
         32,
         32,
         "images",
-        "assumed to reach the throughput of 256 images, which it does not: the step is taken as "
+        "taken to reach the throughput of 256 images, which it does not: the step is taken as "
         "shorter than it is, and the share of synchronizing as larger",
         assumed=True,
     ),

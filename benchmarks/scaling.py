@@ -38,6 +38,8 @@ REPLICAS = (1, 2, 4, 8)
 CHANNELS = (16, 64, 256, 1024, 2048)
 SHAPES = ((8, 28, 28, 64), (64, 128))
 LOCAL = ("keras_local", "fused_local")
+# Steps of virtual replicas are short, and spread more: three of their rounds for one of workers.
+VIRTUAL_ROUNDS = 3
 RANKS = tuple(8 << shift for shift in range(10))  # 8 to 4096
 MORE_WORKERS = 4
 MORE_WORKERS_SIZES = (1 << 10, 1 << 12, 1 << 15, 1 << 20)
@@ -113,7 +115,10 @@ def in_a_process(replicas: int, rounds: int) -> dict[str, Any]:
 def one_part(replicas: int, rounds: int) -> dict[str, Any]:
     """Within such a process."""
     shapes = [
-        {"shape_per_replica": shape, "variants": time_shape(shape, replicas, rounds)}
+        {
+            "shape_per_replica": shape,
+            "variants": time_shape(shape, replicas, VIRTUAL_ROUNDS * rounds),
+        }
         for shape in SHAPES
     ]
     return {"replicas": replicas, "shapes": shapes, "payload": read_graphs(replicas)}
@@ -195,7 +200,7 @@ def show(document: dict[str, Any]) -> None:
 
 def main() -> int:
     """Everything, printed and written."""
-    parser = options(__doc__, rounds=20)
+    parser = options(__doc__, rounds=15)
     parser.add_argument("--replicas", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--part", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -204,7 +209,7 @@ def main() -> int:
         arguments.part.write_text(json.dumps(part), encoding="utf-8")
         return 0
     document = {
-        "rounds": arguments.rounds,
+        "rounds": {"workers": arguments.rounds, "replicas": VIRTUAL_ROUNDS * arguments.rounds},
         "replicas": [in_a_process(replicas, arguments.rounds) for replicas in REPLICAS],
         "workers": between_workers(arguments.rounds),
         "paper": on_paper(normalized_channels()),
