@@ -64,22 +64,23 @@ def _folded_sum_of_squares() -> None:
 
 def _masked_is_local() -> None:
     """Once there is a mask nobody synchronizes, as in Keras."""
-    from syncbn._backends.tensorflow import collectives, kernels
+    from syncbn._backends.tensorflow import collectives, fused
 
-    moments = kernels._weighted_moments
+    moments = fused.weighted_moments
 
     def weighted_moments(*arguments: Any) -> Any:
         collectives.sum_over_replicas = lambda vector: vector
         return moments(*arguments)
 
-    kernels._weighted_moments = weighted_moments
+    fused.weighted_moments = weighted_moments
 
 
 def _mask_is_a_factor() -> None:
     """What is masked is multiplied by 0, which leaves a NaN a NaN."""
-    from syncbn._backends.tensorflow import kernels
+    from syncbn._backends.tensorflow import composed, fused
 
-    kernels.where_counted = lambda _, x: x
+    for module in (composed, fused):
+        module.where_counted = lambda _, x: x
 
 
 def _weights_are_a_mask() -> None:

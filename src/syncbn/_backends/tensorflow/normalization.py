@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import tensorflow as tf
 
 from syncbn._backends.interface import Activation, Batch, Scheme
-from syncbn._backends.tensorflow import collectives, health, kernels, virtual
-from syncbn._backends.tensorflow.kernels import CotangentSums, Scaling
+from syncbn._backends.tensorflow import collectives, health, virtual
+from syncbn._backends.tensorflow.composed import composed
+from syncbn._backends.tensorflow.kernels import kernel_for
 from syncbn._backends.tensorflow.namespace import xp
+from syncbn._backends.tensorflow.scaling import CotangentSums, Kernel, Scaling, statistics_dtype
 from syncbn._backends.tensorflow.views import View
 from syncbn.groups import Groups
 from syncbn.moments import Moments, as_divisor
@@ -87,14 +88,14 @@ def _by_groups(
         tf.raw_ops.PreventGradient(input=batch.inputs, message=_NOT_DERIVABLE)
     )
     weights = None if batch.weights is None else view.of_weights(batch.weights)
-    kernel = kernels.kernel_for(batch.inputs.dtype)
+    kernel = kernel_for(batch.inputs, batch.axis)
     local = kernel.moments(constant, weights, collectives.moments_dtype())
     moments, union = health.exchange(local, groups, batch.state, scheme.checked_layer)
-    dtype = kernels.statistics_dtype(batch.inputs.dtype)
+    dtype = statistics_dtype(batch.inputs.dtype)
     gamma, beta = affine(moments)
     gamma = tf.ones(channels, dtype) if gamma is None else tf.cast(gamma, dtype)
     beta = tf.zeros(channels, dtype) if beta is None else tf.cast(beta, dtype)
-    part = _Part(view, moments, weights, scheme.epsilon, groups)
+    part = _Part(kernel, view, moments, weights, scheme.epsilon, groups)
     if scheme.activation is None:
         return _normalized(part, batch.inputs, gamma, beta), union
     return _activated(part, scheme.activation, batch.inputs, gamma, beta), union
@@ -103,6 +104,7 @@ def _by_groups(
 class _Part(NamedTuple):
     """What forward and backward of one call have in common."""
 
+    kernel: Kernel
     view: View
     moments: Moments  # of the group
     weights: Any | None  # as a view
@@ -123,7 +125,7 @@ def _normalized(part: _Part, inputs: Any, gamma: Any, beta: Any) -> Any:
             dx, sums = _gradient(part, view.of_tensor(dy), view.of_tensor(x), scaling)
             return view.to_tensor(dx), sums.normalized, sums.outputs
 
-        outputs = kernels.kernel_for(x.dtype).apply(view.of_tensor(x), scaling)
+        outputs = part.kernel.apply(view.of_tensor(x), scaling)
         return view.to_tensor(outputs), gradient
 
     return normalize(inputs, gamma, beta)
@@ -167,11 +169,11 @@ def _gradient(part: _Part, dy: Any, x: Any, scaling: Scaling) -> tuple[Any, Cota
             # that TensorFlow can derive. Two more collectives, paid by gradients of gradients only.
             with tf.GradientTape() as tape:
                 tape.watch((dy, x, gamma))
-                local = kernels.composed.moments(x, part.weights, collectives.moments_dtype())
+                local = composed.moments(x, part.weights, collectives.moments_dtype())
                 again = collectives.exchange(local, part.groups).own
                 derivable = Scaling.of(again, gamma, scaling.beta, scaling.epsilon)
-                derived = part._replace(moments=again)
-                results = _gradient_by(kernels.composed, derived, dy, x, derivable)
+                derived = part._replace(kernel=composed, moments=again)
+                results = _gradient_of_part(derived, dy, x, derivable)
             return tape.gradient(
                 results,
                 (dy, x, gamma),
@@ -179,8 +181,7 @@ def _gradient(part: _Part, dy: Any, x: Any, scaling: Scaling) -> tuple[Any, Cota
                 unconnected_gradients=tf.UnconnectedGradients.ZERO,
             )
 
-        kernel = kernels.kernel_for(gamma.dtype)
-        return _gradient_by(kernel, part, dy, x, scaling), second_order
+        return _gradient_of_part(part, dy, x, scaling), second_order
 
     # What does not depend on dy would else run, and fill memory, as early as in the forward pass.
     with tf.control_dependencies([dy]):
@@ -189,22 +190,11 @@ def _gradient(part: _Part, dy: Any, x: Any, scaling: Scaling) -> tuple[Any, Cota
     return dx, CotangentSums(*sums)
 
 
-def _gradient_by(
-    kernel: SimpleNamespace, part: _Part, dy: Any, x: Any, scaling: Scaling
-) -> tuple[Any, Any, Any]:
+def _gradient_of_part(part: _Part, dy: Any, x: Any, scaling: Scaling) -> tuple[Any, Any, Any]:
     """dx, and this replica's sums for beta and gamma."""
-    # In half precision the three terms of dx would each be rounded, and their small sum lost.
-    dtype = scaling.gamma.dtype
-    wide_dy = kernels.where_counted(part.weights, tf.cast(dy, dtype))
-    wide_x = kernels.where_counted(part.weights, tf.cast(x, dtype))
-    scaled, sums = kernel.backward(wide_dy, wide_x, scaling)
-    total = CotangentSums(*collectives.sum_over_group(sums, part.groups))
-    divisor = tf.cast(as_divisor(part.moments.count, xp), dtype)
-    factor = scaling.gamma * scaling.inverse_deviation() / divisor
-    # −gamma/√(…)·(x̂·Σ dy·x̂ + Σ dy)/n has the form of a normalization of x: one more fused pass.
-    correction = kernel.apply(
-        wide_x, scaling._replace(gamma=-factor * total.normalized, beta=-factor * total.outputs)
-    )
-    if part.weights is not None:
-        correction *= tf.cast(part.weights, dtype)
-    return tf.cast(scaled + correction, x.dtype), sums.outputs, sums.normalized
+    kernel, weights = part.kernel, part.weights
+    sums, scaled = kernel.sums(dy, x, weights, scaling)
+    total = collectives.sum_over_group(sums, part.groups)
+    divisor = tf.cast(as_divisor(part.moments.count, xp), scaling.gamma.dtype)
+    means = CotangentSums(*(one / divisor for one in total))
+    return kernel.gradient(dy, x, weights, scaling, means, scaled), sums.outputs, sums.normalized

@@ -12,8 +12,8 @@ import tensorflow as tf
 
 from syncbn._backends.interface import Batch, Scheme
 from syncbn._backends.tensorflow import collectives, health
-from syncbn._backends.tensorflow.kernels import statistics_dtype, where_counted
 from syncbn._backends.tensorflow.namespace import xp
+from syncbn._backends.tensorflow.scaling import statistics_dtype, where_counted
 from syncbn._backends.tensorflow.views import channels_last
 from syncbn.errors import InputError
 from syncbn.moments import Moments, as_divisor, merge_table

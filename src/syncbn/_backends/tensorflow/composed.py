@@ -1,0 +1,59 @@
+"""Passes by TensorFlow's elementary operations: float64, and gradients of gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tensorflow as tf
+
+from syncbn._backends.tensorflow.fused import count_of, weighted_moments
+from syncbn._backends.tensorflow.namespace import xp
+from syncbn._backends.tensorflow.scaling import CotangentSums, Kernel, Scaling, where_counted
+from syncbn.moments import Moments, as_divisor
+
+__all__ = ["composed"]
+
+_AXES = (0, 1, 2)
+
+
+def _moments(x: Any, weights: Any | None, dtype: Any) -> Moments:
+    """Moments in two passes: first the mean, then the deviations from it."""
+    x = tf.cast(x, dtype)
+    if weights is not None:
+        return weighted_moments(x, weights, dtype)
+    count = count_of(x, dtype)
+    mean = tf.reduce_sum(x, axis=_AXES) / as_divisor(count, xp)
+    return Moments(count, mean, tf.reduce_sum(tf.math.squared_difference(x, mean), axis=_AXES))
+
+
+def _apply(x: Any, scaling: Scaling) -> Any:
+    scale = scaling.gamma * scaling.inverse_deviation()
+    return tf.cast((tf.cast(x, scale.dtype) - scaling.mean) * scale + scaling.offset(), x.dtype)
+
+
+def _sums(dy: Any, x: Any, weights: Any | None, scaling: Scaling) -> tuple[CotangentSums, None]:
+    dy, x = (where_counted(weights, tf.cast(part, scaling.gamma.dtype)) for part in (dy, x))
+    normalized = tf.reduce_sum(dy * (x - scaling.mean), axis=_AXES) * scaling.inverse_deviation()
+    sums = CotangentSums(tf.reduce_sum(dy, axis=_AXES), normalized)
+    return sums.about_the_mean(scaling), None
+
+
+def _gradient(
+    dy: Any,
+    x: Any,
+    weights: Any | None,
+    scaling: Scaling,
+    means: CotangentSums,
+    _: Any | None,
+) -> Any:
+    dtype = scaling.gamma.dtype
+    wide_dy, wide_x = (where_counted(weights, tf.cast(part, dtype)) for part in (dy, x))
+    inverse = scaling.inverse_deviation()
+    normalized = (wide_x - scaling.mean) * inverse - scaling.mean_rest * inverse
+    correction = means.outputs + normalized * means.normalized
+    if weights is not None:
+        correction *= tf.cast(weights, dtype)
+    return tf.cast(scaling.gamma * inverse * (wide_dy - correction), x.dtype)
+
+
+composed = Kernel(_moments, _apply, _sums, _gradient)
