@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 __all__ = ["CONSTANTS", "IMAGES_PER_SECOND", "REPLICA_BATCHES", "Constant"]
 
-_TUNING = "NCCL, src/graph/tuning.cc at b6475625 (2.20)"
+_TUNING = "NCCL, src/graph/tuning.cc at b6475625 (2.20.3)"
 _EXAMPLES = "NVIDIA DeepLearningExamples, PyTorch/Classification/ConvNets"
 
 

@@ -237,8 +237,8 @@ def _paper(document: Mapping[str, Any], images: Path) -> list[str]:
         "its protocol LL by the faster of ring and tree, one collective after the other. The low "
         "end is what NCCL itself would expect; the high end multiplies it by the worst published "
         "measurement found, for both layers alike: at any point between, Keras's collectives cost "
-        f"{costs['keras_sync'] / costs['syncbn']:.1f} times what syncbn's cost. The share is of a step of synchronizing and "
-        "computing together.",
+        f"{costs['keras_sync'] / costs['syncbn']:.1f} times what syncbn's cost. "
+        "The share is of a step of synchronizing and computing together.",
         "",
         *_table((*head, *shares), rows),
         "![Share of a ResNet-50 step that synchronizing takes](images/scaling_paper.png)",
