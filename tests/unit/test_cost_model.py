@@ -59,8 +59,8 @@ def test_a_ring_of_many_moves_its_bytes_twice_and_its_latency_grows_by_the_repli
 def test_the_model_is_nccls(model, size, microseconds):
     """What NCCL logged of itself on nodes of 8 H100, to the last digit: NVIDIA/nccl#1453.
 
-    Two nodes are named in what could be read of the log; its bandwidth is that of more than two, its
-    latency that of less than four.
+    Two nodes are named in what could be read of the log; its bandwidth is that of more than two,
+    its latency that of less than four.
     """
     found = 1e6 * model.nccl_all_reduce(24, size, model.interconnect("low"))
     assert found == pytest.approx(microseconds, abs=2e-6)
