@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from machine import options, write
+from syncbn.bench.timing import Quartiles
 
 SHAPE = (16, 56, 56, 64)
 LAYERS = 12
@@ -203,7 +204,7 @@ def in_a_process(variant: str, measure: str) -> dict[str, list[int]] | None:
 
 def figure(peaks: list[int], baseline: float) -> dict[str, float]:
     """Median and spread of the peaks of all processes, in megabytes and in tensors."""
-    low, median, high = statistics.quantiles(peaks, n=4, method="inclusive")
+    low, median, high = Quartiles.of(peaks)
     return {
         "megabytes_median": round(median / 1e6, 1),
         "lower_quartile": round(low / 1e6, 1),

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from machine import options, write
+from syncbn.bench.timing import Quartiles
 
 ROOT = Path(__file__).parents[1]
 PLAYERS = Path(__file__).parent / "players"
@@ -219,7 +220,7 @@ def figures(seconds: Mapping[str, list[float]], baseline: str) -> dict[str, dict
     found = {}
     for name, own in seconds.items():
         ratios = [one / base for one, base in zip(own, seconds[baseline], strict=True)]
-        low, median, high = statistics.quantiles(ratios, n=4, method="inclusive")
+        low, median, high = Quartiles.of(ratios)
         found[name] = {
             "milliseconds_median": round(1e3 * statistics.median(own), 4),
             f"{baseline}_times_as_fast": round(median, 3),

@@ -127,7 +127,7 @@ def measure(
     """Figures of each variant of the model, from interleaved rounds."""
     steps = {name: Step(model, convert, strategy) for name, convert in VARIANTS.items()}
     check_losses({name: step.first_loss for name, step in steps.items()})
-    figures = interleaved({**steps}, rounds, BASELINE)
+    figures = interleaved(steps, rounds, BASELINE)
     for name, step in steps.items():
         figures[name]["first_step_seconds"] = round(step.first_seconds, 2)
         figures[name]["first_loss"] = round(step.first_loss, 6)
