@@ -42,7 +42,7 @@ def exchange(
         return exchanged.own, exchanged.union
     _refuse_xla(layer)
     fault = _not_finite(local) + 2 * _not_finite(state.values())
-    exchanged = collectives.exchange(local, groups, tf.cast(fault, local.mean.dtype))
+    exchanged = collectives.exchange(local, groups, tf.cast(fault, collectives.moments_dtype()))
     faults = tf.cast(exchanged.faults, tf.int32)
     check = tf.debugging.Assert(tf.reduce_all(faults == 0), [_report(faults, layer)])
     # Nothing goes on, to the outputs or to the moving statistics, before the check.
