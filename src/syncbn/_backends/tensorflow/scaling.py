@@ -67,7 +67,8 @@ class Correction(NamedTuple):
     @classmethod
     def of(cls, total: Any, count: Any, scaling: Scaling) -> Correction:
         """From the packed sums, shape (2C,), and the count of the whole batch."""
-        outputs, normalized = tf.split(total / tf.cast(as_divisor(count, xp), total.dtype), 2)
+        divisor = tf.cast(as_divisor(count, xp), total.dtype)
+        outputs, normalized = (sums / divisor for sums in tf.split(total, 2))
         slope = normalized * scaling.inverse
         return cls(normalized, slope, outputs - slope * scaling.mean_rest)
 
