@@ -31,9 +31,14 @@ def take(numbers, count, kind="a", device="CPU:0"):
 def fail(numbers, count):
     """The same in a call that ends by an error."""
     taken = []
-    with pytest.raises(RuntimeError), numbers.operation(), numbers.call():
-        taken += [numbers.rings(1, "CPU:0").next("a") for _ in range(count)]
-        raise RuntimeError
+
+    def call():
+        with numbers.operation(), numbers.call():
+            taken.extend(numbers.rings(1, "CPU:0").next("a") for _ in range(count))
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        call()
     return taken
 
 
