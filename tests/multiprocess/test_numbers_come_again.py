@@ -30,7 +30,7 @@ def test_two_workers_do_so_for_thousands_of_steps():
 
 @pytest.mark.survival
 def test_sums_that_do_not_wait_for_the_data_break_off():
-    """What the others guard against: workers that wait for ever, or collectives that are aborted."""
+    """What the others guard against: workers that wait for ever, or aborted collectives."""
     command = [sys.executable, "-m", SCRIPT, "early", "3000"]
     ended = run_processes(command, 2, timeout=120, grace=20.0)
     assert all(one.status != 0 for one in ended)
