@@ -7,6 +7,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 BIN := .venv/bin
 READY := .venv/ready
 OUTPUT ?= demo-output
+BENCHMARKS ?= layer one_device features training workers accuracy scaling peers memory resnet
 
 .PHONY: help demo test lint types format bench lock test-models test-scenarios test-survival \
 	test-frameworks test-versions clean
@@ -15,7 +16,7 @@ help:
 	@echo "make demo           train on two replicas and compare with one device (2 minutes)"
 	@echo "make test           lint, types and the whole suite"
 	@echo "make format         rewrite the code in the house's format"
-	@echo "make bench          measure the layer and training against Keras's"
+	@echo "make bench          measure all against Keras's and write docs/speed.md (12 minutes)"
 	@echo "make test-models    branched models of keras.applications on two workers (4 minutes)"
 	@echo "make test-scenarios Keras's training on replicas and workers, the whole table (20 minutes)"
 	@echo "make test-survival  runs killed at random steps end with the same bits; a long soak"
@@ -58,10 +59,12 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 bench: $(READY)
-	$(BIN)/python benchmarks/layer.py --output benchmarks/results/layer.json
-	$(BIN)/python benchmarks/features.py --output benchmarks/results/features.json
-	$(BIN)/python benchmarks/training.py --output benchmarks/results/training.json
-	$(BIN)/python benchmarks/workers.py --output benchmarks/results/workers.json
+	@for name in $(BENCHMARKS); do \
+		echo "$$name"; \
+		$(BIN)/python benchmarks/$$name.py $(if $(ROUNDS),--rounds $(ROUNDS)) \
+			--output benchmarks/results/$$name.json || exit 1; \
+	done
+	$(BIN)/python benchmarks/page.py
 
 test-models: $(READY)
 	$(BIN)/python -m pytest -m models
@@ -91,4 +94,4 @@ lock: $(READY)
 	mv requirements.lock.new requirements.lock
 
 clean:
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-peers .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -32,7 +32,7 @@ LOADED = "import sys, json; print(json.dumps(sorted(m.split('.')[0] for m in sys
         *(
             "import syncbn\nwith __import__('contextlib').suppress(SystemExit): "
             f"__import__('syncbn.cli').cli.main([{command!r}, '--help'])"
-            for command in ("train", "launch")
+            for command in ("train", "launch", "bench")
         ),
         "import syncbn.launch.supervisor",
     ],
@@ -83,7 +83,7 @@ def imports_of(path):
 # Left may be imported by right, never the other way: DESIGN's chain as far as it is built.
 LAYERS = [
     *("errors", "moments", "groups", "renorm", "_backends", "_keras"),
-    *("arguments", "weighting", "moving", "layer", "training", "cli"),
+    *("arguments", "weighting", "moving", "layer", "training", "bench", "cli"),
 ]
 
 
@@ -104,12 +104,12 @@ def test_no_module_imports_to_its_right(path):
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(SOURCE)))
 def test_frameworks_are_imported_in_the_backends_alone(path):
     # The repairs are of Keras's trainer for TensorFlow, and of nothing else.
-    # The selftest is a program that trains; its functions import what they need.
-    if {"_backends", "multi_worker", "selftest"} & {*path.parts}:
+    # The selftest and the benchmarks are programs; their functions import what they need.
+    if {"_backends", "multi_worker", "selftest", "bench"} & {*path.parts}:
         return
     found = {name.split(".")[0] for name in imports_of(path)} & (FRAMEWORKS - {"keras"})
     # The command asks whether TensorFlow is there, to say what to install.
-    allowed = {"tensorflow"} if path == SOURCE / "cli" / "train.py" else set()
+    allowed = {"tensorflow"} if path == SOURCE / "cli" / "start.py" else set()
     assert found <= allowed
 
 

@@ -51,7 +51,7 @@ def test_make_targets_of_the_documents_exist():
         assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
 
 
-@pytest.mark.parametrize("command", ["train", "launch", "selftest"])
+@pytest.mark.parametrize("command", ["train", "launch", "selftest", "bench"])
 def test_options_of_the_documents_exist(command, capsys):
     from syncbn.cli import main
 

@@ -23,7 +23,7 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: list[str] | None = None) -> int:
     """Run `syncbn` with these arguments, by default the process's, and return the exit code."""
-    from syncbn.cli import launch, selftest, train
+    from syncbn.cli import bench, launch, selftest, train
 
     parser = _Parser(
         prog="syncbn",
@@ -35,6 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     train.add_parser(commands)
     launch.add_parser(commands)
     selftest.add_parser(commands)
+    bench.add_parser(commands)
     parsed = parser.parse_args(arguments)
     try:
         return int(parsed.run(parsed))

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import argparse
-import os
-import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from syncbn.cli.quiet import without_start_notices
+from syncbn.cli.interrupt import Flag, stop_flag
+from syncbn.cli.start import start_tensorflow
 from syncbn.errors import InputError
 
 if TYPE_CHECKING:
     from syncbn.training.job import Run
     from syncbn.training.settings import TrainSettings
 
-__all__ = ["add_parser", "start_tensorflow"]
+__all__ = ["EXTRAS", "add_parser"]
+
+EXTRAS = "tensorflow,train"
 
 _PRECISIONS = ("float32", "float64", "mixed_bfloat16", "mixed_float16")
 # The option that says how many, of each strategy.
@@ -112,11 +111,11 @@ def _add_training_options(add: Callable[..., Any]) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Check everything that can be checked first, then train and write the results."""
     # Before the imports: an exception within NumPy's would come out as one of its own.
-    with _stop_flag() as flag:
+    with stop_flag() as flag:
         return _run(arguments, flag)
 
 
-def _run(arguments: argparse.Namespace, flag: _Flag) -> int:
+def _run(arguments: argparse.Namespace, flag: Flag) -> int:
     from syncbn.training.settings import TrainSettings
 
     _check_counts(arguments)
@@ -125,7 +124,7 @@ def _run(arguments: argparse.Namespace, flag: _Flag) -> int:
         **{name: value for name, value in vars(arguments).items() if name in names}
     )
     settings.check()
-    start_tensorflow()
+    start_tensorflow("train", EXTRAS)
     return _train_and_report(settings, arguments.output, flag)
 
 
@@ -141,65 +140,7 @@ def _check_counts(arguments: argparse.Namespace) -> None:
             )
 
 
-def start_tensorflow() -> None:
-    """Import it quietly.
-
-    Raises:
-        InputError: it is not there, or Keras is to run on something else.
-    """
-    if os.environ.setdefault("KERAS_BACKEND", "tensorflow") != "tensorflow":
-        raise InputError(
-            "syncbn train requires Keras on TensorFlow. Received: the environment variable "
-            f"KERAS_BACKEND={os.environ['KERAS_BACKEND']}. Unset it."
-        )
-    # TensorFlow's notices about its own build would stand between the user and the table.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    try:
-        with without_start_notices():
-            import tensorflow  # noqa: F401
-    except ImportError as error:
-        raise InputError(
-            "syncbn train requires TensorFlow. Received: no such package. Install it: "
-            "pip install 'syncbn[tensorflow,train]'."
-        ) from error
-
-
-class _Flag:
-    """Whether the user has asked to stop."""
-
-    def __init__(self) -> None:
-        self.raised = False
-
-    @contextmanager
-    def lowered(self) -> Iterator[None]:
-        """Ctrl-C is a KeyboardInterrupt within, for whoever waits for other processes."""
-        previous = signal.signal(signal.SIGINT, signal.default_int_handler)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, previous)
-
-
-@contextmanager
-def _stop_flag() -> Iterator[_Flag]:
-    """Ctrl-C raises the flag, which is looked at between two steps; a second one ends at once.
-
-    An exception in the middle of TensorFlow's tracing would leave its replica threads waiting.
-    """
-    flag = _Flag()
-
-    def on_interrupt(_signal: int, _frame: FrameType | None) -> None:
-        flag.raised = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    previous = signal.signal(signal.SIGINT, on_interrupt)
-    try:
-        yield flag
-    finally:
-        signal.signal(signal.SIGINT, previous)
-
-
-def _train_and_report(settings: TrainSettings, folder: Path, flag: _Flag) -> int:
+def _train_and_report(settings: TrainSettings, folder: Path, flag: Flag) -> int:
     from syncbn.cli import EXIT_INTERRUPTED
     from syncbn.cli.train_view import ProgressView, print_table
     from syncbn.training import comparison, data, job, report
@@ -237,7 +178,7 @@ def _train_and_report(settings: TrainSettings, folder: Path, flag: _Flag) -> int
     return code
 
 
-def _train_by_workers(runs: list[Run], settings: TrainSettings, flag: _Flag) -> int:
+def _train_by_workers(runs: list[Run], settings: TrainSettings, flag: Flag) -> int:
     """Have the workers train their runs; the exit code, of which any but 130 has been explained."""
     from syncbn.cli import EXIT_INTERRUPTED
     from syncbn.training import workers

@@ -58,9 +58,10 @@ def main(folder: Path) -> NoReturn:
 def _train(folder: Path) -> None:
     index = int(json.loads(os.environ["TF_CONFIG"])["task"]["index"])
     # Only now: a Ctrl-C while they are imported has a handler already.
-    from syncbn.cli.train import start_tensorflow
+    from syncbn.cli.start import start_tensorflow
+    from syncbn.cli.train import EXTRAS
 
-    start_tensorflow()
+    start_tensorflow("train", EXTRAS)
     import syncbn
 
     syncbn.enable_multi_worker()  # a worker that is missing, late or gone is named

@@ -19,9 +19,10 @@ from syncbn.moments import Moments, as_divisor
 
 __all__ = ["compiled"]
 
-# Strips of rows that are added up side by side. Of so many XLA's compiler makes straight-line code
-# in vectors; of 32 a loop over strides, five times as slow.
-_STRIPS = 16
+# Strips of rows that are added up side by side: the compiler makes straight-line code of them, in
+# vectors. Of 16 a backward pass takes 1.6 times as long, of 32 it makes a loop over strides, and
+# that takes five times as long.
+_STRIPS = 12
 
 # Rows whose mean is near enough to that of all rows to take deviations from: of m of n elements it
 # is at most √(n / m) standard deviations off, whatever they are.
@@ -30,39 +31,55 @@ _SAMPLES = 64
 
 def _moments(x: Any, weights: Any | None, dtype: Any) -> Moments:
     """Moments in `dtype`, by float32 for each strip."""
+    rows = _rows(x)
     if weights is None:
-        count, mean, m2 = _run(_plain_moments, _rows(x), dtype=dtype)
+        pivot, count, *strips = _run(_deviations_from_sample, rows, dtype=dtype)
+        mean, m2 = _run(_about_pivot, pivot, count, *_folded(*strips), dtype=dtype)
     else:
-        count, mean, m2 = _run(_weighted_moments, _rows(x), _rows(weights), dtype=dtype)
+        # In two passes: where few elements count there may be none of them in a sample.
+        counted = _rows(weights)
+        strips = _run(_weighted, rows, counted)
+        pivot, count = _run(_weighted_mean, *_folded(*strips), dtype=dtype)
+        strips = _run(_weighted_deviations, rows, counted, pivot)
+        mean, m2 = _run(_about_pivot, pivot, count, *_folded(*strips), dtype=dtype)
         count = count[0] if weights.shape[3] == 1 else tf.ensure_shape(count, x.shape[3:])
     return Moments(count, tf.ensure_shape(mean, x.shape[3:]), tf.ensure_shape(m2, x.shape[3:]))
 
 
-def _plain_moments(x: Any, dtype: Any) -> tuple[Any, Any, Any]:
+def _deviations_from_sample(x: Any, dtype: Any) -> tuple[Any, ...]:
     x = tf.cast(x, tf.float32)
-    sample = x[:: tf.maximum(tf.shape(x)[0] // _SAMPLES, 1)]
-    pivot = tf.reduce_sum(sample, axis=0) / _at_least_one(tf.shape(sample)[0], tf.float32)
+    # Of the rank that the slice does not know.
+    sample = tf.ensure_shape(x[:: tf.maximum(tf.shape(x)[0] // _SAMPLES, 1)], x.shape)
+    size = tf.maximum(tf.shape(sample)[0], 1)
+    pivot = tf.reduce_sum(sample, axis=0) / tf.cast(size, tf.float32)
     deviations = x - pivot
-    total, squares = _sums(deviations, deviations * deviations, dtype)
-    rows = tf.cast(tf.shape(x)[0], dtype)
-    rest = total / _at_least_one(rows, dtype)
-    m2 = tf.maximum(squares - total * rest, 0)
-    return rows, tf.cast(pivot, dtype) + rest, m2
+    count = tf.cast(tf.shape(x)[0], dtype)
+    return pivot, count, *_strips(deviations, deviations * deviations)
 
 
-def _weighted_moments(x: Any, weights: Any, dtype: Any) -> tuple[Any, Any, Any]:
-    """In two passes: where few elements count there may be none of them in a sample."""
+def _weighted(x: Any, weights: Any) -> tuple[Any, Any]:
     weights = tf.cast(weights, tf.float32)
     x = where_counted(weights, tf.cast(x, tf.float32))
-    count, total = _sums(tf.broadcast_to(weights, tf.shape(x)), weights * x, dtype)
-    divisor = as_divisor(count, xp)
-    rough = tf.cast(total / divisor, tf.float32)
-    deviations = x - rough
+    return _strips(tf.broadcast_to(weights, tf.shape(x)), weights * x)
+
+
+def _weighted_mean(strips: Any, rest: Any, dtype: Any) -> tuple[Any, Any]:
+    count, total = _total(strips, rest, dtype)
+    return tf.cast(total / as_divisor(count, xp), tf.float32), count
+
+
+def _weighted_deviations(x: Any, weights: Any, pivot: Any) -> tuple[Any, Any]:
+    weights = tf.cast(weights, tf.float32)
+    deviations = where_counted(weights, tf.cast(x, tf.float32) - pivot)
     weighted = weights * deviations
-    total, squares = _sums(weighted, weighted * deviations, dtype)
-    rest = total / divisor
-    m2 = tf.maximum(squares - total * rest, 0)
-    return count, tf.cast(rough, dtype) + rest, m2
+    return _strips(weighted, weighted * deviations)
+
+
+def _about_pivot(pivot: Any, count: Any, strips: Any, rest: Any, dtype: Any) -> tuple[Any, Any]:
+    """Mean and sum of squared deviations, from sums about something near the mean."""
+    total, squares = _total(strips, rest, dtype)
+    shift = total / as_divisor(count, xp)
+    return tf.cast(pivot, dtype) + shift, tf.maximum(squares - total * shift, 0)
 
 
 def _apply(x: Any, scaling: Scaling) -> Any:
@@ -80,7 +97,8 @@ def _cotangent_sums(
     dy: Any, x: Any, weights: Any | None, scaling: Scaling
 ) -> tuple[CotangentSums, None]:
     counted = () if weights is None else (_rows(weights),)
-    outputs, about_mean = _run(_products, _rows(dy), _rows(x), scaling.mean, *counted)
+    strips = _run(_products, _rows(dy), _rows(x), scaling.mean, *counted)
+    outputs, about_mean = _run(_total_products, *_folded(*strips))
     sums = CotangentSums(
         tf.ensure_shape(outputs, x.shape[3:]),
         tf.ensure_shape(about_mean, x.shape[3:]) * scaling.inverse_deviation(),
@@ -89,10 +107,14 @@ def _cotangent_sums(
 
 
 def _products(dy: Any, x: Any, mean: Any, weights: Any | None = None) -> tuple[Any, Any]:
-    """`Σ dy` and `Σ dy · (x − mean)`."""
+    """Strips of `Σ dy` and `Σ dy · (x − mean)`."""
     dy = where_counted(weights, tf.cast(dy, tf.float32))
     x = where_counted(weights, tf.cast(x, tf.float32))
-    outputs, about_mean = _sums(dy, dy * (x - mean), tf.float64)
+    return _strips(dy, dy * (x - mean))
+
+
+def _total_products(strips: Any, rest: Any) -> tuple[Any, Any]:
+    outputs, about_mean = _total(strips, rest, tf.float64)
     return tf.cast(outputs, tf.float32), tf.cast(about_mean, tf.float32)
 
 
@@ -125,23 +147,39 @@ def _three_terms(
     return tf.cast(terms + correction, x.dtype)
 
 
-def _sums(one: Any, other: Any, dtype: Any) -> tuple[Any, Any]:
-    """The sums over the rows of two float32 tensors, in `dtype`, by one pass over what they are of.
+def _strips(one: Any, other: Any) -> tuple[Any, Any]:
+    """Sums over the rows of two float32 tensors, of each strip, by one pass over what makes them.
 
-    As one complex sum: XLA fuses what makes both numbers into one loop, but two sums into two.
+    As complex numbers: XLA fuses what makes both parts into one loop, but two sums into two.
+
+    Returns:
+        Strips, shape (rows / strips, channels), and what is left over, shape (channels,).
     """
-    pairs = tf.complex(one, other)
-    length = tf.shape(pairs)[0] // _STRIPS
-    strips, rest = pairs[: length * _STRIPS], pairs[length * _STRIPS :]
-    strips = tf.reshape(strips, tf.concat([[_STRIPS, length], tf.shape(pairs)[1:]], axis=0))
+    return _strips_of(tf.complex(one, other))
+
+
+def _strips_of(pairs: Any) -> tuple[Any, Any]:
+    rows = tf.shape(pairs)[0]
+    # An odd length: strips at a distance of a multiple of 4096 bytes share one set of the cache.
+    length = tf.maximum((rows // _STRIPS - 1) // 2 * 2 + 1, 0)
+    strips = tf.reshape(pairs[: length * _STRIPS], [_STRIPS, length, tf.shape(pairs)[1]])
+    return tf.reduce_sum(strips, axis=0), tf.reduce_sum(pairs[length * _STRIPS :], axis=0)
+
+
+def _total(strips: Any, rest: Any, dtype: Any) -> tuple[Any, Any]:
+    """Both sums, in `dtype`."""
     wide = tf.complex128 if dtype == tf.float64 else tf.complex64
-    sums = tf.reduce_sum(tf.cast(tf.reduce_sum(strips, axis=0), wide), axis=0)
-    sums += tf.reduce_sum(tf.cast(rest, wide), axis=0)
+    sums = tf.reduce_sum(tf.cast(strips, wide), axis=0) + tf.cast(rest, wide)
     return tf.math.real(sums), tf.math.imag(sums)
 
 
-def _at_least_one(number: Any, dtype: Any) -> Any:
-    return tf.cast(tf.maximum(number, tf.ones_like(number)), dtype)
+def _folded(strips: Any, rest: Any) -> tuple[Any, Any]:
+    """The strips by strips once more.
+
+    Compiled apart from what makes them: together it would become one loop that makes each anew.
+    """
+    fewer, ends = _run(_strips_of, strips)
+    return fewer, ends + rest
 
 
 def _rows(view: Any) -> Any:
