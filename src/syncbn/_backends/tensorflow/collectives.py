@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import tensorflow as tf
@@ -12,7 +11,7 @@ from syncbn._backends.tensorflow.graphs import is_function_inside_a_loop
 from syncbn._backends.tensorflow.namespace import xp
 from syncbn.errors import NotSynchronizableError
 from syncbn.groups import Groups
-from syncbn.moments import Moments, merge_table, pack_row, pack_sums, unpack_sums
+from syncbn.moments import Moments, Sums, merge_table, pack_row, pack_sums, unpack_sums
 
 __all__ = [
     "SAME_SHAPE",
@@ -146,7 +145,9 @@ class Exchanged(NamedTuple):
     faults: Any | None  # shape (R,): the number that each replica gave
 
 
-def exchange(local: Moments, groups: Groups | None = None, fault: Any | None = None) -> Exchanged:
+def exchange(
+    local: Moments | Sums, groups: Groups | None = None, fault: Any | None = None
+) -> Exchanged:
     """Moments of the concatenated batch, by one collective; by none for one replica.
 
     The payload of the forward collective: `(n, n·mean, M2 + n·mean²)`, 2C+1 float64, a row for each
@@ -155,16 +156,23 @@ def exchange(local: Moments, groups: Groups | None = None, fault: Any | None = N
     which also gives each replica what it needs for the moving statistics.
 
     Args:
-        local: those of this replica's part, in `moments_dtype()`.
+        local: those of this replica's part, in `moments_dtype()`; as sums only in float64.
         groups: lists of replicas, each of which normalizes by itself; None for one group of all.
         fault: a number to tell the others, or None for nothing.
     """
     replicas = replica_count()
+    one_count = len(local.count.shape) == 0
+    as_sums = moments_dtype() == tf.float64
+    if as_sums and groups is None and fault is None and replicas > 1:
+        # What nearly every call is, with as few operations as can be.
+        payload = local.pack(xp) if isinstance(local, Sums) else pack_sums(local, xp)
+        union = unpack_sums(sum_over_replicas(payload), xp, one_count=one_count)
+        return Exchanged(union, union, None)
+    if isinstance(local, Sums):
+        local = local.moments(xp)
     if replicas == 1:
         return Exchanged(local, local, None if fault is None else fault[None])
-    as_sums = moments_dtype() == tf.float64
     row = pack_sums(local, xp) if as_sums else pack_row(local, xp)
-    one_count = len(local.count.shape) == 0
     if not as_sums:
         table = _in_slot(row, _this_replica(), replicas)
     elif groups is None:
@@ -198,24 +206,20 @@ def _of_table(table: Any, groups: Groups | None, one_count: bool) -> tuple[Momen
     return merge(tf.where(members[:, None], table, 0.0)), union
 
 
-def sum_over_group(vectors: Sequence[Any], groups: Groups | None = None) -> Sequence[Any]:
-    """The sum of each vector over this replica's group, by one collective; none where it is alone.
+def sum_over_group(vector: Any, groups: Groups | None = None) -> Any:
+    """The sum of the vector over this replica's group, by one collective; none where it is alone.
 
     Args:
-        vectors: of one dtype and shape.
+        vector: shape (n,).
         groups: who belongs together; None for all.
     """
     if replica_count() == 1 or (groups is not None and all(len(group) == 1 for group in groups)):
-        return vectors
-    packed = tf.concat(vectors, axis=0)
+        return vector
     if groups is None:
-        total = sum_over_replicas(packed)
-    else:
-        table = _in_slot(packed, _this_group(groups), len(groups))
-        flat = sum_over_replicas(tf.reshape(table, (-1,)))
-        total = tf.reshape(flat, table.shape)[_this_group(groups)]
-    sums: Sequence[Any] = tf.split(total, len(vectors))
-    return sums
+        return sum_over_replicas(vector)
+    table = _in_slot(vector, _this_group(groups), len(groups))
+    flat = sum_over_replicas(tf.reshape(table, (-1,)))
+    return tf.reshape(flat, table.shape)[_this_group(groups)]
 
 
 def _this_replica() -> Any:

@@ -8,34 +8,43 @@ import tensorflow as tf
 
 from syncbn._backends.tensorflow.fused import count_of, weighted_moments
 from syncbn._backends.tensorflow.namespace import xp
-from syncbn._backends.tensorflow.scaling import CotangentSums, Kernel, Scaling, where_counted
-from syncbn.moments import Moments, as_divisor
+from syncbn._backends.tensorflow.scaling import (
+    Correction,
+    CotangentSums,
+    Kernel,
+    Scaling,
+    where_counted,
+)
+from syncbn.moments import Moments, Sums, as_divisor
 
 __all__ = ["composed"]
 
 _AXES = (0, 1, 2)
 
 
-def _moments(x: Any, weights: Any | None, dtype: Any) -> Moments:
-    """Moments in two passes: first the mean, then the deviations from it."""
-    x = tf.cast(x, dtype)
+def _moments(x: Any, weights: Any | None, dtype: Any) -> Moments | Sums:
+    """Moments in two passes, first the mean, then the deviations from it; or sums."""
+    wide = tf.cast(x, dtype)
     if weights is not None:
-        return weighted_moments(x, weights, dtype)
+        return weighted_moments(wide, weights, dtype)
     count = count_of(x, dtype)
-    mean = tf.reduce_sum(x, axis=_AXES) / as_divisor(count, xp)
-    return Moments(count, mean, tf.reduce_sum(tf.math.squared_difference(x, mean), axis=_AXES))
+    total = tf.reduce_sum(wide, axis=_AXES)
+    if x.dtype.size < dtype.size:
+        # Of float32 inputs a float64 has digits for the squares at any mean.
+        return Sums(count, total, tf.reduce_sum(tf.square(wide), axis=_AXES))
+    mean = total / as_divisor(count, xp)
+    return Moments(count, mean, tf.reduce_sum(tf.math.squared_difference(wide, mean), axis=_AXES))
 
 
 def _apply(x: Any, scaling: Scaling) -> Any:
-    scale = scaling.gamma * scaling.inverse_deviation()
-    return tf.cast((tf.cast(x, scale.dtype) - scaling.mean) * scale + scaling.offset(), x.dtype)
+    wide = tf.cast(x, scaling.scale.dtype)
+    return tf.cast((wide - scaling.mean) * scaling.scale + scaling.offset, x.dtype)
 
 
 def _sums(dy: Any, x: Any, weights: Any | None, scaling: Scaling) -> tuple[CotangentSums, None]:
     dy, x = (where_counted(weights, tf.cast(part, scaling.gamma.dtype)) for part in (dy, x))
-    normalized = tf.reduce_sum(dy * (x - scaling.mean), axis=_AXES) * scaling.inverse_deviation()
-    sums = CotangentSums(tf.reduce_sum(dy, axis=_AXES), normalized)
-    return sums.about_the_mean(scaling), None
+    deviations = tf.reduce_sum(dy * (x - scaling.mean), axis=_AXES)
+    return CotangentSums(tf.reduce_sum(dy, axis=_AXES), deviations), None
 
 
 def _gradient(
@@ -43,17 +52,15 @@ def _gradient(
     x: Any,
     weights: Any | None,
     scaling: Scaling,
-    means: CotangentSums,
+    correction: Correction,
     _: Any | None,
 ) -> Any:
     dtype = scaling.gamma.dtype
     wide_dy, wide_x = (where_counted(weights, tf.cast(part, dtype)) for part in (dy, x))
-    inverse = scaling.inverse_deviation()
-    normalized = (wide_x - scaling.mean) * inverse - scaling.mean_rest * inverse
-    correction = means.outputs + normalized * means.normalized
+    corrections = (wide_x - scaling.mean) * correction.slope + correction.offset
     if weights is not None:
-        correction *= tf.cast(weights, dtype)
-    return tf.cast(scaling.gamma * inverse * (wide_dy - correction), x.dtype)
+        corrections *= tf.cast(weights, dtype)
+    return tf.cast((wide_dy - corrections) * scaling.scale, x.dtype)
 
 
 composed = Kernel(_moments, _apply, _sums, _gradient)
