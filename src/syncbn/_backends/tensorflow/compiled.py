@@ -7,14 +7,19 @@ runs at nearly the speed of memory. `benchmarks/kernels.py` measures each.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import tensorflow as tf
 
+from syncbn._backends.tensorflow import xla
 from syncbn._backends.tensorflow.namespace import xp
-from syncbn._backends.tensorflow.scaling import CotangentSums, Kernel, Scaling, where_counted
+from syncbn._backends.tensorflow.scaling import (
+    Correction,
+    CotangentSums,
+    Kernel,
+    Scaling,
+    where_counted,
+)
 from syncbn.moments import Moments, as_divisor
 
 __all__ = ["compiled"]
@@ -33,15 +38,15 @@ def _moments(x: Any, weights: Any | None, dtype: Any) -> Moments:
     """Moments in `dtype`, by float32 for each strip."""
     rows = _rows(x)
     if weights is None:
-        pivot, count, *strips = _run(_deviations_from_sample, rows, dtype=dtype)
-        mean, m2 = _run(_about_pivot, pivot, count, *_folded(*strips), dtype=dtype)
+        pivot, count, *strips = xla.run(_deviations_from_sample, rows, dtype=dtype)
+        mean, m2 = xla.run(_about_pivot, pivot, count, *_folded(*strips), dtype=dtype)
     else:
         # In two passes: where few elements count there may be none of them in a sample.
         counted = _rows(weights)
-        strips = _run(_weighted, rows, counted)
-        pivot, count = _run(_weighted_mean, *_folded(*strips), dtype=dtype)
-        strips = _run(_weighted_deviations, rows, counted, pivot)
-        mean, m2 = _run(_about_pivot, pivot, count, *_folded(*strips), dtype=dtype)
+        strips = xla.run(_weighted, rows, counted)
+        pivot, count = xla.run(_weighted_mean, *_folded(*strips), dtype=dtype)
+        strips = xla.run(_weighted_deviations, rows, counted, pivot)
+        mean, m2 = xla.run(_about_pivot, pivot, count, *_folded(*strips), dtype=dtype)
         count = count[0] if weights.shape[3] == 1 else tf.ensure_shape(count, x.shape[3:])
     return Moments(count, tf.ensure_shape(mean, x.shape[3:]), tf.ensure_shape(m2, x.shape[3:]))
 
@@ -84,8 +89,7 @@ def _about_pivot(pivot: Any, count: Any, strips: Any, rest: Any, dtype: Any) -> 
 
 def _apply(x: Any, scaling: Scaling) -> Any:
     """`(x − mean) · gamma / √(variance + epsilon) + beta`, in x's dtype, by way of float32."""
-    scale = scaling.gamma * scaling.inverse_deviation()
-    y = _run(_scaled, _rows(x), scaling.mean, scale, scaling.offset())
+    y = xla.run(_scaled, _rows(x), scaling.mean, scaling.scale, scaling.offset)
     return tf.reshape(y, tf.shape(x))
 
 
@@ -97,13 +101,8 @@ def _cotangent_sums(
     dy: Any, x: Any, weights: Any | None, scaling: Scaling
 ) -> tuple[CotangentSums, None]:
     counted = () if weights is None else (_rows(weights),)
-    strips = _run(_products, _rows(dy), _rows(x), scaling.mean, *counted)
-    outputs, about_mean = _run(_total_products, *_folded(*strips))
-    sums = CotangentSums(
-        tf.ensure_shape(outputs, x.shape[3:]),
-        tf.ensure_shape(about_mean, x.shape[3:]) * scaling.inverse_deviation(),
-    )
-    return sums.about_the_mean(scaling), None
+    strips = xla.run(_products, _rows(dy), _rows(x), scaling.mean, *counted)
+    return CotangentSums(*xla.run(_total_products, *_folded(*strips), scaling.inverse)), None
 
 
 def _products(dy: Any, x: Any, mean: Any, weights: Any | None = None) -> tuple[Any, Any]:
@@ -113,9 +112,9 @@ def _products(dy: Any, x: Any, mean: Any, weights: Any | None = None) -> tuple[A
     return _strips(dy, dy * (x - mean))
 
 
-def _total_products(strips: Any, rest: Any) -> tuple[Any, Any]:
-    outputs, about_mean = _total(strips, rest, tf.float64)
-    return tf.cast(outputs, tf.float32), tf.cast(about_mean, tf.float32)
+def _total_products(strips: Any, rest: Any, inverse: Any) -> tuple[Any, Any]:
+    outputs, products = _total(strips, rest, tf.float64)
+    return tf.cast(outputs, tf.float32), tf.cast(products, tf.float32) * inverse
 
 
 def _gradient(
@@ -123,15 +122,12 @@ def _gradient(
     x: Any,
     weights: Any | None,
     scaling: Scaling,
-    means: CotangentSums,
+    correction: Correction,
     _: Any | None,
 ) -> Any:
-    inverse = scaling.inverse_deviation()
-    scale = scaling.gamma * inverse
-    slope = -scale * inverse * means.normalized
-    offset = -scale * means.outputs - slope * scaling.mean_rest
+    vectors = (scaling.mean, scaling.scale, correction.slope, correction.offset)
     counted = () if weights is None else (_rows(weights),)
-    dx = _run(_three_terms, _rows(dy), _rows(x), scaling.mean, scale, slope, offset, *counted)
+    dx = xla.run(_three_terms, _rows(dy), _rows(x), *vectors, *counted)
     return tf.reshape(dx, tf.shape(x))
 
 
@@ -178,32 +174,12 @@ def _folded(strips: Any, rest: Any) -> tuple[Any, Any]:
 
     Compiled apart from what makes them: together it would become one loop that makes each anew.
     """
-    fewer, ends = _run(_strips_of, strips)
+    fewer, ends = xla.run(_strips_of, strips)
     return fewer, ends + rest
 
 
 def _rows(view: Any) -> Any:
     return tf.reshape(view, (-1, view.shape[3]))
-
-
-def _run(function: Callable[..., Any], *arguments: Any, **static: Any) -> Any:
-    signature = tuple(
-        tf.TensorSpec([None] * argument.shape.rank, argument.dtype) for argument in arguments
-    )
-    return _traced(function, signature, tuple(static.items()))(*arguments)
-
-
-@functools.cache
-def _traced(
-    function: Callable[..., Any], signature: tuple[Any, ...], static: tuple[tuple[str, Any], ...]
-) -> Any:
-    """One for all shapes: XLA compiles it for each that it meets, Python traces it once."""
-    return tf.function(
-        functools.partial(function, **dict(static)),
-        input_signature=signature,
-        autograph=False,
-        jit_compile=True,
-    )
 
 
 compiled = Kernel(_moments, _apply, _cotangent_sums, _gradient)

@@ -8,7 +8,13 @@ import tensorflow as tf
 
 from syncbn._backends.tensorflow.fused import count_of, weighted_moments
 from syncbn._backends.tensorflow.namespace import xp
-from syncbn._backends.tensorflow.scaling import CotangentSums, Kernel, Scaling, where_counted
+from syncbn._backends.tensorflow.scaling import (
+    Correction,
+    CotangentSums,
+    Kernel,
+    Scaling,
+    where_counted,
+)
 from syncbn.moments import Moments, as_divisor
 
 __all__ = ["composed"]
@@ -27,15 +33,14 @@ def _moments(x: Any, weights: Any | None, dtype: Any) -> Moments:
 
 
 def _apply(x: Any, scaling: Scaling) -> Any:
-    scale = scaling.gamma * scaling.inverse_deviation()
-    return tf.cast((tf.cast(x, scale.dtype) - scaling.mean) * scale + scaling.offset(), x.dtype)
+    wide = tf.cast(x, scaling.scale.dtype)
+    return tf.cast((wide - scaling.mean) * scaling.scale + scaling.offset, x.dtype)
 
 
 def _sums(dy: Any, x: Any, weights: Any | None, scaling: Scaling) -> tuple[CotangentSums, None]:
     dy, x = (where_counted(weights, tf.cast(part, scaling.gamma.dtype)) for part in (dy, x))
-    normalized = tf.reduce_sum(dy * (x - scaling.mean), axis=_AXES) * scaling.inverse_deviation()
-    sums = CotangentSums(tf.reduce_sum(dy, axis=_AXES), normalized)
-    return sums.about_the_mean(scaling), None
+    products = tf.reduce_sum(dy * (x - scaling.mean), axis=_AXES) * scaling.inverse
+    return CotangentSums(tf.reduce_sum(dy, axis=_AXES), products), None
 
 
 def _gradient(
@@ -43,17 +48,15 @@ def _gradient(
     x: Any,
     weights: Any | None,
     scaling: Scaling,
-    means: CotangentSums,
+    correction: Correction,
     _: Any | None,
 ) -> Any:
     dtype = scaling.gamma.dtype
     wide_dy, wide_x = (where_counted(weights, tf.cast(part, dtype)) for part in (dy, x))
-    inverse = scaling.inverse_deviation()
-    normalized = (wide_x - scaling.mean) * inverse - scaling.mean_rest * inverse
-    correction = means.outputs + normalized * means.normalized
+    corrections = (wide_x - scaling.mean) * correction.slope + correction.offset
     if weights is not None:
-        correction *= tf.cast(weights, dtype)
-    return tf.cast(scaling.gamma * inverse * (wide_dy - correction), x.dtype)
+        corrections *= tf.cast(weights, dtype)
+    return tf.cast(wide_dy * scaling.scale + corrections, x.dtype)
 
 
 composed = Kernel(_moments, _apply, _sums, _gradient)

@@ -12,7 +12,13 @@ from typing import Any
 import tensorflow as tf
 
 from syncbn._backends.tensorflow.namespace import xp
-from syncbn._backends.tensorflow.scaling import CotangentSums, Kernel, Scaling, where_counted
+from syncbn._backends.tensorflow.scaling import (
+    Correction,
+    CotangentSums,
+    Kernel,
+    Scaling,
+    where_counted,
+)
 from syncbn.moments import Moments, as_divisor
 
 __all__ = ["count_of", "fused", "weighted_moments"]
@@ -124,7 +130,7 @@ def _apply(x: Any, scaling: Scaling) -> Any:
     return tf.raw_ops.FusedBatchNormV3(
         x=x,
         scale=scaling.gamma,
-        offset=scaling.offset(),
+        offset=scaling.offset,
         mean=scaling.mean,
         variance=scaling.variance,
         epsilon=scaling.epsilon,
@@ -150,13 +156,10 @@ def _sums(dy: Any, x: Any, weights: Any | None, scaling: Scaling) -> tuple[Cotan
         epsilon=scaling.epsilon,
         is_training=False,
     )
-    sums = CotangentSums(
-        *(
-            tf.reduce_sum(_unfolded(sums, channels), axis=0)
-            for sums in (gradients.offset_backprop, gradients.scale_backprop)
-        )
-    )
-    return sums.about_the_mean(scaling), tf.reshape(gradients.x_backprop, tf.shape(x))
+    sums = (gradients.offset_backprop, gradients.scale_backprop)
+    if x.shape[2] != 1:
+        sums = tuple(tf.reduce_sum(_unfolded(one, channels), axis=0) for one in sums)
+    return CotangentSums(*sums), tf.reshape(gradients.x_backprop, tf.shape(x))
 
 
 def _gradient(
@@ -164,18 +167,17 @@ def _gradient(
     x: Any,
     weights: Any | None,
     scaling: Scaling,
-    means: CotangentSums,
+    correction: Correction,
     scaled: Any,
 ) -> Any:
-    factor = scaling.gamma * scaling.inverse_deviation()
-    # −gamma/√(…) · (x̂ · means.normalized + means.outputs) has the form of a normalization of x.
-    correction = _apply(
+    # (x − mean) · slope + offset has the form of a normalization of x.
+    terms = _apply(
         _counted(x, weights),
-        scaling._replace(gamma=-factor * means.normalized, beta=-factor * means.outputs),
+        scaling._replace(gamma=correction.normalized, offset=correction.offset),
     )
     if weights is not None:
-        correction *= tf.cast(weights, correction.dtype)
-    return tf.cast(scaled + correction, x.dtype)
+        terms *= tf.cast(weights, terms.dtype)
+    return tf.cast(scaled + terms, x.dtype)
 
 
 def _counted(x: Any, weights: Any | None) -> Any:

@@ -11,11 +11,10 @@ from syncbn._backends.interface import Activation, Batch, Scheme
 from syncbn._backends.tensorflow import collectives, health, virtual
 from syncbn._backends.tensorflow.composed import composed
 from syncbn._backends.tensorflow.kernels import kernel_for
-from syncbn._backends.tensorflow.namespace import xp
-from syncbn._backends.tensorflow.scaling import CotangentSums, Kernel, Scaling, statistics_dtype
+from syncbn._backends.tensorflow.scaling import Correction, Kernel, Scaling, statistics_dtype
 from syncbn._backends.tensorflow.views import View
 from syncbn.groups import Groups
-from syncbn.moments import Moments, as_divisor
+from syncbn.moments import Moments
 
 __all__ = ["normalize"]
 
@@ -122,8 +121,10 @@ def _normalized(part: _Part, inputs: Any, gamma: Any, beta: Any) -> Any:
 
         def gradient(dy: Any) -> tuple[Any, ...]:
             dy = tf.convert_to_tensor(dy)  # of tf.gather it is IndexedSlices
-            dx, sums = _gradient(part, view.of_tensor(dy), view.of_tensor(x), scaling)
-            return view.to_tensor(dx), sums.normalized, sums.outputs
+            dx, outputs, normalized = _gradient(
+                part, view.of_tensor(dy), view.of_tensor(x), scaling
+            )
+            return view.to_tensor(dx), normalized, outputs
 
         outputs = part.kernel.apply(view.of_tensor(x), scaling)
         return view.to_tensor(outputs), gradient
@@ -159,7 +160,7 @@ def _activated(part: _Part, activation: Activation, inputs: Any, gamma: Any, bet
     return activate(inputs, gamma, beta)
 
 
-def _gradient(part: _Part, dy: Any, x: Any, scaling: Scaling) -> tuple[Any, CotangentSums]:
+def _gradient(part: _Part, dy: Any, x: Any, scaling: Scaling) -> tuple[Any, Any, Any]:
     """The gradient for one replica, by the fast kernels, itself differentiable."""
 
     @tf.custom_gradient
@@ -171,7 +172,7 @@ def _gradient(part: _Part, dy: Any, x: Any, scaling: Scaling) -> tuple[Any, Cota
                 tape.watch((dy, x, gamma))
                 local = composed.moments(x, part.weights, collectives.moments_dtype())
                 again = collectives.exchange(local, part.groups).own
-                derivable = Scaling.of(again, gamma, scaling.beta, scaling.epsilon)
+                derivable = Scaling.of(again, gamma, gamma, scaling.epsilon)  # no beta in it
                 derived = part._replace(kernel=composed, moments=again)
                 results = _gradient_of_part(derived, dy, x, derivable)
             return tape.gradient(
@@ -186,15 +187,16 @@ def _gradient(part: _Part, dy: Any, x: Any, scaling: Scaling) -> tuple[Any, Cota
     # What does not depend on dy would else run, and fill memory, as early as in the forward pass.
     with tf.control_dependencies([dy]):
         x = tf.identity(x)
-    dx, *sums = fast(dy, x, scaling.gamma)
-    return dx, CotangentSums(*sums)
+    gradients: tuple[Any, Any, Any] = fast(dy, x, scaling.gamma)
+    return gradients
 
 
 def _gradient_of_part(part: _Part, dy: Any, x: Any, scaling: Scaling) -> tuple[Any, Any, Any]:
     """dx, and this replica's sums for beta and gamma."""
     kernel, weights = part.kernel, part.weights
     sums, scaled = kernel.sums(dy, x, weights, scaling)
-    total = collectives.sum_over_group(sums, part.groups)
-    divisor = tf.cast(as_divisor(part.moments.count, xp), scaling.gamma.dtype)
-    means = CotangentSums(*(one / divisor for one in total))
-    return kernel.gradient(dy, x, weights, scaling, means, scaled), sums.outputs, sums.normalized
+    packed, normalized = sums.normalized(scaling)
+    total = collectives.sum_over_group(packed, part.groups)
+    correction = Correction.of(total, part.moments.count, scaling)
+    dx = kernel.gradient(dy, x, weights, scaling, correction, scaled)
+    return dx, sums.outputs, normalized

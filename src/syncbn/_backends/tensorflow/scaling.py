@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from syncbn._backends.tensorflow.namespace import xp
-from syncbn.moments import Moments
+from syncbn.moments import Moments, as_divisor
 
-__all__ = ["CotangentSums", "Kernel", "Scaling", "statistics_dtype", "where_counted"]
+__all__ = ["Correction", "CotangentSums", "Kernel", "Scaling", "statistics_dtype", "where_counted"]
 
 
 class Scaling(NamedTuple):
-    """The C-sized vectors that normalize: `y = (x − mean) · gamma / √(variance + epsilon) + beta`.
+    """The C-sized vectors that normalize: `y = (x − mean) · scale + offset`.
 
     The mean is in two parts. At large means the distance between two float32 numbers is a visible
     part of a standard deviation: `x − mean` is exact, and what the mean lacks goes into the offset.
@@ -23,8 +23,10 @@ class Scaling(NamedTuple):
     mean: Any  # shape (C,)
     mean_rest: Any  # shape (C,): the mean less `mean`, smaller than its rounding
     variance: Any  # shape (C,), biased
+    inverse: Any  # shape (C,): 1 / √(variance + epsilon)
     gamma: Any  # shape (C,)
-    beta: Any  # shape (C,)
+    scale: Any  # shape (C,): gamma · inverse
+    offset: Any  # shape (C,): beta, less what the mean lacks, scaled
     epsilon: float
 
     @classmethod
@@ -32,28 +34,43 @@ class Scaling(NamedTuple):
         """In the dtype of gamma, whatever that of the moments."""
         mean = tf.cast(moments.mean, gamma.dtype)
         rest = moments.mean - tf.cast(mean, moments.mean.dtype)
+        rest = tf.cast(rest, gamma.dtype)
         variance = tf.cast(moments.variance(xp), gamma.dtype)
-        return cls(mean, tf.cast(rest, gamma.dtype), variance, gamma, beta, epsilon)
-
-    def inverse_deviation(self) -> Any:
-        """`1 / √(variance + epsilon)`, shape (C,)."""
-        return tf.math.rsqrt(self.variance + self.epsilon)
-
-    def offset(self) -> Any:
-        """What is added to `(x − mean) · gamma / √(…)`: beta, less what the mean lacks."""
-        return self.beta - self.mean_rest * self.gamma * self.inverse_deviation()
+        inverse = tf.math.rsqrt(variance + epsilon)
+        scale = gamma * inverse
+        return cls(mean, rest, variance, inverse, gamma, scale, beta - rest * scale, epsilon)
 
 
 class CotangentSums(NamedTuple):
-    """What the gradient needs to know of a whole batch, a channel each."""
+    """What the gradient needs to know of a replica's part, a channel each."""
 
     outputs: Any  # shape (C,): Σ dy; also the gradient of beta
-    normalized: Any  # shape (C,): Σ dy·x̂; also the gradient of gamma
+    products: Any  # shape (C,): Σ dy · (x − mean) · inverse, with the mean without its rest
 
-    def about_the_mean(self, scaling: Scaling) -> CotangentSums:
-        """The sums, of which the second was taken about `scaling.mean` without its rest."""
-        rest = scaling.mean_rest * scaling.inverse_deviation()
-        return CotangentSums(self.outputs, self.normalized - rest * self.outputs)
+    def normalized(self, scaling: Scaling) -> tuple[Any, Any]:
+        """`Σ dy` and `Σ dy·x̂`, the gradients of beta and gamma, packed for the collective too.
+
+        Returns:
+            Shape (2C,), and shape (C,) of its second half.
+        """
+        normalized = self.products - scaling.mean_rest * scaling.inverse * self.outputs
+        return tf.concat([self.outputs, normalized], axis=0), normalized
+
+
+class Correction(NamedTuple):
+    """What makes `scale · dy` the gradient: `+ (x − mean) · slope + offset`, times the weights."""
+
+    normalized: Any  # shape (C,): what x̂ is multiplied by, slope / inverse
+    slope: Any  # shape (C,)
+    offset: Any  # shape (C,)
+
+    @classmethod
+    def of(cls, total: Any, count: Any, scaling: Scaling) -> Correction:
+        """From the packed sums, shape (2C,), and the count of the whole batch."""
+        outputs, normalized = tf.split(total / tf.cast(as_divisor(count, xp), total.dtype), 2)
+        factor = -scaling.scale * normalized
+        slope = factor * scaling.inverse
+        return cls(factor, slope, -scaling.scale * outputs - slope * scaling.mean_rest)
 
 
 class Kernel(NamedTuple):
@@ -69,9 +86,8 @@ class Kernel(NamedTuple):
     apply: Callable[[Any, Scaling], Any]
     # (dy, x, weights, scaling) -> the sums, in the dtype of scaling, and what `gradient` can use
     sums: Callable[[Any, Any, Any | None, Scaling], tuple[CotangentSums, Any | None]]
-    # (dy, x, weights, scaling, means, what `sums` left) -> dx, in the dtype of x: gamma / √(…) ·
-    # (dy − w · means.outputs − w · x̂ · means.normalized)
-    gradient: Callable[[Any, Any, Any | None, Scaling, CotangentSums, Any | None], Any]
+    # (dy, x, weights, scaling, correction, what `sums` left) -> dx, in the dtype of x
+    gradient: Callable[[Any, Any, Any | None, Scaling, Correction, Any | None], Any]
 
 
 def statistics_dtype(dtype: Any) -> Any:
