@@ -9,7 +9,7 @@ import keras
 from keras import ops
 
 from syncbn import _backends
-from syncbn._backends.interface import Batch, Scheme
+from syncbn._backends.interface import Batch, KeptOutput, Scheme
 from syncbn._keras import (
     aggregates_assignments,
     casts_arrays_unasked,
@@ -20,7 +20,9 @@ from syncbn._keras import (
 from syncbn.arguments import (
     activation_function,
     checked_renorm_momentum,
+    checked_save,
     checked_virtual_batch_size,
+    negative_slope,
     refuse_synchronized,
 )
 from syncbn.groups import Grouping
@@ -152,6 +154,7 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
         unbiased_moving_variance: bool = False,
         activation: Any = None,
         nan_check: bool = False,
+        save: str = "input",
         **kwargs: Any,
     ) -> None:
         refuse_synchronized(kwargs)
@@ -184,8 +187,10 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
         self.unbiased_moving_variance = unbiased_moving_variance
         self.activation = activation_function(activation)
         self.nan_check = nan_check
+        grouped = bool(group_size or group_assignment)
+        self.save = checked_save(save, self.activation, virtual_batch_size, grouped and renorm)
         # XLA leaves assertions out. So `compile(jit_compile="auto")` does not choose it.
-        self.supports_jit = not nan_check
+        self.supports_jit = not nan_check and save == "input"
 
     def _set_renorm(
         self, renorm: bool, clipping: Mapping[str, float] | None, momentum: float
@@ -294,12 +299,18 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
             self.virtual_batch_size,
             self.activation,
             self.name if self.nan_check else None,
+            self._kept_output(),
         )
         with without_autocast():
             batch = Batch(inputs, self.axis, counts, self._state())
             outputs, union = backend.normalize(batch, scheme, self._affine)
             move_statistics(self, union)
         return ops.cast(outputs, self.compute_dtype)
+
+    def _kept_output(self) -> KeptOutput | None:
+        if self.save == "input":
+            return None
+        return KeptOutput(self.name, negative_slope(self.activation))
 
     def _as_input(self, inputs: Any) -> Any:
         """The inputs as a tensor, in the compute dtype as Keras casts those of any layer."""
@@ -364,4 +375,5 @@ _PLAIN_ARGUMENTS = (
     "unbiased_moving_variance",
     "activation",
     "nan_check",
+    "save",
 )

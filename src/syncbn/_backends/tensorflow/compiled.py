@@ -12,6 +12,7 @@ from typing import Any
 import tensorflow as tf
 
 from syncbn._backends.tensorflow import xla
+from syncbn._backends.tensorflow.inversion import before_activation
 from syncbn._backends.tensorflow.namespace import xp
 from syncbn._backends.tensorflow.scaling import (
     Correction,
@@ -101,14 +102,17 @@ def _cotangent_sums(
     dy: Any, x: Any, weights: Any | None, scaling: Scaling
 ) -> tuple[CotangentSums, None]:
     counted = () if weights is None else (_rows(weights),)
-    strips = xla.run(_products, _rows(dy), _rows(x), scaling.mean, *counted)
+    slope = scaling.negative_slope
+    strips = xla.run(_products, _rows(dy), _rows(x), scaling.mean, *counted, slope=slope)
     return CotangentSums(*xla.run(_total_products, *_folded(*strips), scaling.inverse)), None
 
 
-def _products(dy: Any, x: Any, mean: Any, weights: Any | None = None) -> tuple[Any, Any]:
+def _products(
+    dy: Any, x: Any, mean: Any, weights: Any | None = None, *, slope: float
+) -> tuple[Any, Any]:
     """Strips of `Σ dy` and `Σ dy · (x − mean)`."""
-    dy = where_counted(weights, tf.cast(dy, tf.float32))
-    x = where_counted(weights, tf.cast(x, tf.float32))
+    pair = before_activation(tf.cast(dy, tf.float32), tf.cast(x, tf.float32), slope)
+    dy, x = (where_counted(weights, part) for part in pair)
     return _strips(dy, dy * (x - mean))
 
 
@@ -127,20 +131,29 @@ def _gradient(
 ) -> Any:
     vectors = (scaling.mean, scaling.scale, correction.slope, correction.offset)
     counted = () if weights is None else (_rows(weights),)
-    dx = xla.run(_three_terms, _rows(dy), _rows(x), *vectors, *counted)
+    slope = scaling.negative_slope
+    dx = xla.run(_three_terms, _rows(dy), _rows(x), *vectors, *counted, negative_slope=slope)
     return tf.reshape(dx, tf.shape(x))
 
 
 def _three_terms(
-    dy: Any, x: Any, mean: Any, scale: Any, slope: Any, offset: Any, weights: Any | None = None
+    dy: Any,
+    x: Any,
+    mean: Any,
+    scale: Any,
+    slope: Any,
+    offset: Any,
+    weights: Any | None = None,
+    *,
+    negative_slope: float,
 ) -> Any:
     """`scale · dy + slope · (x − mean) + offset`; of what does not count, 0."""
-    terms = where_counted(weights, tf.cast(dy, tf.float32)) * scale
-    counted = where_counted(weights, tf.cast(x, tf.float32))
+    pair = before_activation(tf.cast(dy, tf.float32), tf.cast(x, tf.float32), negative_slope)
+    counted_dy, counted = (where_counted(weights, part) for part in pair)
     correction = (counted - mean) * slope + offset
     if weights is not None:
         correction *= tf.cast(weights, tf.float32)
-    return tf.cast(terms + correction, x.dtype)
+    return tf.cast(counted_dy * scale + correction, x.dtype)
 
 
 def _strips(one: Any, other: Any) -> tuple[Any, Any]:

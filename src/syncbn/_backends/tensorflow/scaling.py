@@ -28,6 +28,8 @@ class Scaling(NamedTuple):
     scale: Any  # shape (C,): gamma · inverse
     offset: Any  # shape (C,): beta, less what the mean lacks, scaled
     epsilon: float
+    # Below 0, of the activation that was applied to what the backward gets in place of x; 1 of none.
+    negative_slope: float = 1.0
 
     @classmethod
     def of(cls, moments: Moments, gamma: Any, beta: Any, epsilon: float) -> Scaling:
