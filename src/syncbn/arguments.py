@@ -93,10 +93,10 @@ def checked_save(save: Any, activation: Any, virtual_batch_size: Any, grouped_re
     if activation is not None and activation is not keras.activations.leaky_relu:
         raise InputError(
             'save="output" requires an activation whose result gives back its argument with all '
-            f'digits: "leaky_relu" or None. Received: activation={activation.__name__!r}. What the '
-            "backward needs is not in the output then (of elu, most digits below -5). Take "
-            'leaky_relu, or save="input", or put the activation behind this layer, as a layer of '
-            "its own."
+            f'digits: "leaky_relu" or None. Received: activation={activation.__name__!r}. Where it '
+            "is flat the output does not tell what the backward needs: relu gives 0 for half of "
+            "all inputs, elu nearly -1 for everything below -10. Take leaky_relu, or "
+            'save="input", or put the activation behind this layer, as a layer of its own.'
         )
     if virtual_batch_size is not None:
         raise InputError(
@@ -105,9 +105,9 @@ def checked_save(save: Any, activation: Any, virtual_batch_size: Any, grouped_re
         )
     if grouped_renorm:
         raise InputError(
-            'save="output" requires the same gamma and beta on every replica. Received: renorm=True '
-            "with groups, of which each corrects them by a batch of its own. Remove one of the "
-            "three."
+            'save="output" requires the same gamma and beta on every replica. Received: '
+            "renorm=True with groups, of which each corrects them by a batch of its own. Remove "
+            "one of the three."
         )
     return "output"
 

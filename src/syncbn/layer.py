@@ -107,6 +107,13 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
             computes it again from the input, so that nothing more is kept.
         nan_check: in training stop with an error where the layer, its input or its variables have
             become NaN or infinite, and say which replica; before anything is updated.
+        save: what of its size the backward keeps: "input", or "output" for
+            `x̂ = (y − beta) / gamma`. Half the memory where what follows keeps its input anyway (a
+            convolution, a dense layer), with `activation="leaky_relu"` inside, whose result is
+            then kept; no other can be inverted. A relu behind the layer keeps its own result: there
+            "output" is a tensor more. x̂ is off by about (1 + |beta / gamma|) roundings of the
+            output; where half of its digits would go, and at gamma = 0, training stops with an
+            error. Not with virtual batches, XLA, gradients of gradients. In a `tf.function`.
         **kwargs: of `keras.layers.Layer`: `name`, `dtype`, `trainable`, `autocast`.
 
     Raises:
@@ -116,9 +123,11 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
             ParameterServerStrategy, in the cross-replica context, outside of the strategy that the
             layer was made under, inside `tf.cond` or `tf.while_loop` within a replica, on a Keras
             backend other than TensorFlow.
-        UnsupportedFeatureError: `nan_check=True` where XLA compiles the layer.
+        UnsupportedFeatureError: `nan_check=True` or `save="output"` where XLA compiles the layer;
+            gradients of gradients with `save="output"`.
         LookupError: from TensorFlow, by forward-mode differentiation.
-        InvalidArgumentError: from TensorFlow, by `nan_check`.
+        InvalidArgumentError: from TensorFlow, by `nan_check`, or by a gamma that `save="output"`
+            cannot divide by.
 
     References:
         Ioffe, Szegedy, "Batch Normalization", arXiv:1502.03167, 2015.
@@ -127,6 +136,8 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
         (normalization over the batches of several devices).
         Hoffer, Hubara, Soudry, "Train longer, generalize better", arXiv:1705.08741, 2017 (ghost
         batches).
+        Rota Bulò, Porzi, Kontschieder, "In-Place Activated BatchNorm for Memory-Optimized Training
+        of DNNs", CVPR 2018, arXiv:1712.02616 (`save="output"`).
     """
 
     def __init__(

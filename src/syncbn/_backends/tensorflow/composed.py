@@ -61,8 +61,8 @@ def _gradient(
 
 def _counted(dy: Any, x: Any, weights: Any | None, scaling: Scaling) -> tuple[Any, Any]:
     """Both in the dtype of scaling, as before an activation, 0 where they do not count."""
-    wide = (tf.cast(part, scaling.gamma.dtype) for part in (dy, x))
-    dy, x = before_activation(*wide, scaling.negative_slope)
+    dy, x = tf.cast(dy, scaling.gamma.dtype), tf.cast(x, scaling.gamma.dtype)
+    dy, x = before_activation(dy, x, scaling.negative_slope)
     return where_counted(weights, dy), where_counted(weights, x)
 
 

@@ -188,8 +188,8 @@ def _gradient(
 def _counted(dy: Any, x: Any, weights: Any | None, scaling: Scaling) -> tuple[Any, Any]:
     """Both in float32, as before an activation, 0 where they do not count."""
     # In half precision the three terms of dx would each be rounded, and their small sum lost.
-    wide = (tf.cast(part, tf.float32) for part in (dy, x))
-    dy, x = before_activation(*wide, scaling.negative_slope)
+    dy, x = tf.cast(dy, tf.float32), tf.cast(x, tf.float32)
+    dy, x = before_activation(dy, x, scaling.negative_slope)
     return where_counted(weights, dy), where_counted(weights, x)
 
 

@@ -27,9 +27,9 @@ __all__ = ["before_activation", "checked", "derivable_once", "of_output"]
 # The digits of a number, in bits. |beta / gamma| may cost x̂ half of them: up to √(1 / u).
 _DIGITS = {tf.float64: 53, tf.float32: 24, tf.float16: 11, tf.bfloat16: 8}
 
-# A thousand times the numbers that have fewer digits, or are taken for 0. float16 has no range for
-# that; there gamma and a fifth of it, by leaky_relu, still have all digits.
-_LEAST_GAMMA = {tf.float64: 1e-300, tf.float32: 1e-35, tf.float16: 3.1e-4, tf.bfloat16: 1e-35}
+# Far above the numbers that have fewer digits, or are taken for 0. float16 has no range for that;
+# there gamma, and a fifth of it by leaky_relu, have all their digits.
+_LEAST_GAMMA = {tf.float64: 1e-290, tf.float32: 1e-30, tf.float16: 3.1e-4, tf.bfloat16: 1e-30}
 
 
 def of_output(scaling: Scaling, beta: Any, negative_slope: float, dtype: Any) -> Scaling:
@@ -65,7 +65,7 @@ def before_activation(dy: Any, kept: Any, negative_slope: float) -> tuple[Any, A
 def checked(
     kept: KeptOutput, gamma: Any, beta: Any, dtype: Any, union: Moments
 ) -> tuple[Any, Any, Moments]:
-    """All that the call goes on with, which it does where gamma and beta let the output be inverted.
+    """What the call goes on with, where gamma and beta let the output be inverted.
 
     They are the same on every replica, so that all of them stop here or none does.
 
@@ -80,9 +80,9 @@ def checked(
     # Without quotes, which an assertion in a graph would print with backslashes.
     report = tf.strings.format(
         f"Layer {kept.layer} with save=output requires |gamma| of at least {least:g} and "
-        f"|beta / gamma| of at most {most:g} in every channel, in {dtype.name}: the backward finds "
-        "the normalized input by dividing by gamma. Received: {} channels that are not so, the "
-        "first of them channel {} with gamma = {} and beta = {} (with renorm, as corrected). "
+        f"|beta / gamma| of at most {most:.0f} in every channel, in {dtype.name}: the backward "
+        "finds the normalized input by dividing by gamma. Received: {} channels that are not so, "
+        "the first of them channel {} with gamma = {} and beta = {} (with renorm, as corrected). "
         "Nothing has been updated by this call. Take save=input for this layer, or keep gamma from "
         "0, by its initializer (not zeros), a constraint, or less weight decay.",
         (count, *first),
@@ -101,8 +101,8 @@ def _beyond(gamma: Any, beta: Any, least: float, most: float) -> tuple[Any, Any,
     return tf.reduce_sum(tf.cast(beyond, tf.int32)), first, gamma[first], beta[first]
 
 
-def derivable_once(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function of tensors, with an error for whoever would derive what it gives."""
+def derivable_once(function: Callable[..., Any], *arguments: Any) -> Any:
+    """`function(*arguments)`, with an error for whoever would derive it by one of them."""
 
     @tf.custom_gradient
     def refusing(*arguments: Any) -> tuple[Any, Callable[..., Any]]:
@@ -115,4 +115,4 @@ def derivable_once(function: Callable[..., Any]) -> Callable[..., Any]:
 
         return function(*arguments), gradient
 
-    return refusing
+    return refusing(*arguments)

@@ -188,8 +188,9 @@ def _keeping_the_output(part: _Part, scheme: Scheme, inputs: Any, gamma: Any, be
                 return _gradient_of_part(part, dy, kept, backward)
 
             # By the mean it hangs on x, however the output does.
-            derived = inversion.derivable_once(of_part)
-            dx, of_beta, of_gamma = derived(view.of_tensor(dy), kept, scaling.mean, gamma)
+            dx, of_beta, of_gamma = inversion.derivable_once(
+                of_part, view.of_tensor(dy), kept, scaling.mean, gamma
+            )
             return view.to_tensor(dx), of_gamma, of_beta
 
         return outputs, gradient

@@ -28,7 +28,7 @@ class Scaling(NamedTuple):
     scale: Any  # shape (C,): gamma · inverse
     offset: Any  # shape (C,): beta, less what the mean lacks, scaled
     epsilon: float
-    # Below 0, of the activation that was applied to what the backward gets in place of x; 1 of none.
+    # Of the activation below 0, where the backward gets its result in place of x; 1 for none.
     negative_slope: float = 1.0
 
     @classmethod
