@@ -22,19 +22,19 @@ def move_statistics(layer: Any, moments: Moments) -> None:
     any_element = ops.cast(moments.count > 0, dtype)
 
     def move(moving: Any, batch: Any, share: Any) -> Any:
-        share = any_element * share
-        moved = ops.cast(moving, dtype) * (1 - share) + batch * share
+        old = ops.cast(moving, dtype)
+        moved = old + (batch - old) * share
         moving.assign(moved)
         return moved
 
     variance = moments.variance(ops)
     kept = moments.unbiased_variance(ops) if layer.unbiased_moving_variance else variance
-    share = _next_share(layer, any_element)
+    share = any_element * _next_share(layer, any_element)
     move(layer.moving_mean, moments.mean, share)
     if not layer.renorm:
         move(layer.moving_variance, kept, share)
         return
-    renorm_share = 1.0 - layer.renorm_momentum
+    renorm_share = any_element * (1.0 - layer.renorm_momentum)
     move(layer.renorm_mean, moments.mean, renorm_share)
     move(layer.renorm_stddev, ops.sqrt(variance + layer.epsilon), renorm_share)
     # As Keras: the deviation moves, and inference's variance is its square.

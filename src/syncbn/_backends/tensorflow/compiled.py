@@ -102,23 +102,24 @@ def _cotangent_sums(
     dy: Any, x: Any, weights: Any | None, scaling: Scaling
 ) -> tuple[CotangentSums, None]:
     counted = () if weights is None else (_rows(weights),)
-    slope = scaling.negative_slope
-    strips = xla.run(_products, _rows(dy), _rows(x), scaling.mean, *counted, slope=slope)
-    return CotangentSums(*xla.run(_total_products, *_folded(*strips), scaling.inverse)), None
+    negative_slope = scaling.negative_slope
+    strips = xla.run(
+        _products, _rows(dy), _rows(x), scaling.mean, *counted, negative_slope=negative_slope
+    )
+    return CotangentSums(*xla.run(_total_products, *_folded(*strips))), None
 
 
 def _products(
-    dy: Any, x: Any, mean: Any, weights: Any | None = None, *, slope: float
+    dy: Any, x: Any, mean: Any, weights: Any | None = None, *, negative_slope: float
 ) -> tuple[Any, Any]:
     """Strips of `Σ dy` and `Σ dy · (x − mean)`."""
-    pair = before_activation(tf.cast(dy, tf.float32), tf.cast(x, tf.float32), slope)
-    dy, x = (where_counted(weights, part) for part in pair)
+    dy, x = _counted(dy, x, weights, negative_slope)
     return _strips(dy, dy * (x - mean))
 
 
-def _total_products(strips: Any, rest: Any, inverse: Any) -> tuple[Any, Any]:
-    outputs, products = _total(strips, rest, tf.float64)
-    return tf.cast(outputs, tf.float32), tf.cast(products, tf.float32) * inverse
+def _total_products(strips: Any, rest: Any) -> tuple[Any, Any]:
+    outputs, deviations = _total(strips, rest, tf.float64)
+    return tf.cast(outputs, tf.float32), tf.cast(deviations, tf.float32)
 
 
 def _gradient(
@@ -131,8 +132,10 @@ def _gradient(
 ) -> Any:
     vectors = (scaling.mean, scaling.scale, correction.slope, correction.offset)
     counted = () if weights is None else (_rows(weights),)
-    slope = scaling.negative_slope
-    dx = xla.run(_three_terms, _rows(dy), _rows(x), *vectors, *counted, negative_slope=slope)
+    negative_slope = scaling.negative_slope
+    dx = xla.run(
+        _three_terms, _rows(dy), _rows(x), *vectors, *counted, negative_slope=negative_slope
+    )
     return tf.reshape(dx, tf.shape(x))
 
 
@@ -147,13 +150,19 @@ def _three_terms(
     *,
     negative_slope: float,
 ) -> Any:
-    """`scale · dy + slope · (x − mean) + offset`; of what does not count, 0."""
-    pair = before_activation(tf.cast(dy, tf.float32), tf.cast(x, tf.float32), negative_slope)
-    counted_dy, counted = (where_counted(weights, part) for part in pair)
+    """`scale · (dy − (x − mean) · slope − offset)`; of what does not count, 0."""
+    counted_dy, counted = _counted(dy, x, weights, negative_slope)
     correction = (counted - mean) * slope + offset
     if weights is not None:
         correction *= tf.cast(weights, tf.float32)
-    return tf.cast(counted_dy * scale + correction, x.dtype)
+    return tf.cast((counted_dy - correction) * scale, x.dtype)
+
+
+def _counted(dy: Any, x: Any, weights: Any | None, negative_slope: float) -> tuple[Any, Any]:
+    """Both in float32, as before an activation, 0 where they do not count."""
+    dy, x = tf.cast(dy, tf.float32), tf.cast(x, tf.float32)
+    dy, x = before_activation(dy, x, negative_slope)
+    return where_counted(weights, dy), where_counted(weights, x)
 
 
 def _strips(one: Any, other: Any) -> tuple[Any, Any]:

@@ -16,21 +16,25 @@ from syncbn._backends.tensorflow.scaling import (
     Scaling,
     where_counted,
 )
-from syncbn.moments import Moments, as_divisor
+from syncbn.moments import Moments, Sums, as_divisor
 
 __all__ = ["composed"]
 
 _AXES = (0, 1, 2)
 
 
-def _moments(x: Any, weights: Any | None, dtype: Any) -> Moments:
-    """Moments in two passes: first the mean, then the deviations from it."""
-    x = tf.cast(x, dtype)
+def _moments(x: Any, weights: Any | None, dtype: Any) -> Moments | Sums:
+    """Moments in two passes, first the mean, then the deviations from it; or sums."""
+    wide = tf.cast(x, dtype)
     if weights is not None:
-        return weighted_moments(x, weights, dtype)
+        return weighted_moments(wide, weights, dtype)
     count = count_of(x, dtype)
-    mean = tf.reduce_sum(x, axis=_AXES) / as_divisor(count, xp)
-    return Moments(count, mean, tf.reduce_sum(tf.math.squared_difference(x, mean), axis=_AXES))
+    total = tf.reduce_sum(wide, axis=_AXES)
+    if x.dtype.size < dtype.size:
+        # Of float32 inputs a float64 has digits for the squares at any mean.
+        return Sums(count, total, tf.reduce_sum(tf.square(wide), axis=_AXES))
+    mean = total / as_divisor(count, xp)
+    return Moments(count, mean, tf.reduce_sum(tf.math.squared_difference(wide, mean), axis=_AXES))
 
 
 def _apply(x: Any, scaling: Scaling) -> Any:
@@ -40,8 +44,8 @@ def _apply(x: Any, scaling: Scaling) -> Any:
 
 def _sums(dy: Any, x: Any, weights: Any | None, scaling: Scaling) -> tuple[CotangentSums, None]:
     dy, x = _counted(dy, x, weights, scaling)
-    products = tf.reduce_sum(dy * (x - scaling.mean), axis=_AXES) * scaling.inverse
-    return CotangentSums(tf.reduce_sum(dy, axis=_AXES), products), None
+    deviations = tf.reduce_sum(dy * (x - scaling.mean), axis=_AXES)
+    return CotangentSums(tf.reduce_sum(dy, axis=_AXES), deviations), None
 
 
 def _gradient(
@@ -56,7 +60,7 @@ def _gradient(
     corrections = (wide_x - scaling.mean) * correction.slope + correction.offset
     if weights is not None:
         corrections *= tf.cast(weights, corrections.dtype)
-    return tf.cast(wide_dy * scaling.scale + corrections, x.dtype)
+    return tf.cast((wide_dy - corrections) * scaling.scale, x.dtype)
 
 
 def _counted(dy: Any, x: Any, weights: Any | None, scaling: Scaling) -> tuple[Any, Any]:

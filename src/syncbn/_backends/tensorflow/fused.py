@@ -157,7 +157,7 @@ def _sums(dy: Any, x: Any, weights: Any | None, scaling: Scaling) -> tuple[Cotan
         x=_folded(x),
         scale=tiled(scaling.scale),
         reserve_space_1=mean,
-        reserve_space_2=tf.ones_like(mean),
+        reserve_space_2=tf.ones_like(mean),  # a variance: the second sum is that of dy · (x − mean)
         reserve_space_3=tf.zeros(0),
         epsilon=0,
         is_training=False,
@@ -165,9 +165,7 @@ def _sums(dy: Any, x: Any, weights: Any | None, scaling: Scaling) -> tuple[Cotan
     sums = (gradients.offset_backprop, gradients.scale_backprop)
     if x.shape[2] != 1:
         sums = tuple(tf.reduce_sum(_unfolded(one, channels), axis=0) for one in sums)
-    outputs, products = sums
-    scaled = tf.reshape(gradients.x_backprop, tf.shape(x))
-    return CotangentSums(outputs, products * scaling.inverse), scaled
+    return CotangentSums(*sums), tf.reshape(gradients.x_backprop, tf.shape(x))
 
 
 def _gradient(
@@ -179,7 +177,8 @@ def _gradient(
     scaled: Any,
 ) -> Any:
     _, counted = _counted(dy, x, weights, scaling)
-    terms = _linear(counted, scaling.mean, correction.slope, correction.offset)
+    scale, offset = -scaling.scale * correction.slope, -scaling.scale * correction.offset
+    terms = _linear(counted, scaling.mean, scale, offset)
     if weights is not None:
         terms *= tf.cast(weights, terms.dtype)
     return tf.cast(scaled + terms, x.dtype)

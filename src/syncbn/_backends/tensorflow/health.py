@@ -10,7 +10,7 @@ import tensorflow as tf
 from syncbn._backends.tensorflow import collectives
 from syncbn.errors import UnsupportedFeatureError
 from syncbn.groups import Groups
-from syncbn.moments import Moments
+from syncbn.moments import Moments, Sums
 
 __all__ = ["exchange", "refuse_xla"]
 
@@ -20,7 +20,7 @@ _ORIGINS = ("", "its input", "the state of the layer", "its input and the state 
 
 
 def exchange(
-    local: Moments, groups: Groups | None, state: Mapping[str, Any], layer: str | None
+    local: Moments | Sums, groups: Groups | None, state: Mapping[str, Any], layer: str | None
 ) -> tuple[Moments, Moments]:
     """The moments of the group and of all replicas; with a layer's name, if all is finite.
 
@@ -42,7 +42,7 @@ def exchange(
         return exchanged.own, exchanged.union
     refuse_xla(layer, "nan_check=True", "while you look for the NaN")
     fault = _not_finite(local) + 2 * _not_finite(state.values())
-    exchanged = collectives.exchange(local, groups, tf.cast(fault, local.mean.dtype))
+    exchanged = collectives.exchange(local, groups, tf.cast(fault, collectives.moments_dtype()))
     faults = tf.cast(exchanged.faults, tf.int32)
     check = tf.debugging.Assert(tf.reduce_all(faults == 0), [_report(faults, layer)])
     # Nothing goes on, to the outputs or to the moving statistics, before the check.

@@ -16,9 +16,11 @@ from syncbn._backends.tensorflow.scaling import Kernel
 __all__ = ["kernel_for"]
 
 # Elements from which the compiled passes are the faster ones.
-_LARGE = 2**16
+_LARGE = 2**15
 
-# Examples to expect where their number is not known while the graph is made.
+# Examples to expect where their number is not known while the graph is made: of vectors, and of
+# anything with positions.
+_LIKELY_VECTORS = 128
 _LIKELY_EXAMPLES = 16
 
 
@@ -39,5 +41,5 @@ def _likely_elements(inputs: Any, axis: int) -> int | None:
     """
     shape = list(inputs.shape)
     if axis % len(shape) != 0 and shape[0] is None:
-        shape[0] = _LIKELY_EXAMPLES
+        shape[0] = _LIKELY_VECTORS if len(shape) == 2 else _LIKELY_EXAMPLES
     return None if None in shape else math.prod(shape)

@@ -41,7 +41,7 @@ def normalize(
     every other weight.
 
     One collective forward and one backward; none for one replica. The gradient keeps
-    the input, the weights, and vectors of the size of the channels.
+    the input, or the output in its place, the weights, and vectors of the size of the channels.
 
     Args:
         batch: this replica's part. Inputs in float64, float32, bfloat16 or float16, any rank, any
@@ -58,7 +58,8 @@ def normalize(
         NotSynchronizableError: the replicas cannot meet here.
         InputError: the groups are no partition of the replicas.
         LookupError: from TensorFlow, by forward-mode differentiation.
-        InvalidArgumentError: from TensorFlow, where NaN or infinity was looked for and found.
+        InvalidArgumentError: from TensorFlow, where NaN or infinity was looked for and found, or
+            the output is to be kept and cannot be inverted.
 
     References:
         Ioffe, Szegedy, "Batch Normalization", arXiv:1502.03167, 2015 (the gradient: section 3).

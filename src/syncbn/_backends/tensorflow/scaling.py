@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from syncbn._backends.tensorflow.namespace import xp
-from syncbn.moments import Moments, as_divisor
+from syncbn.moments import Moments, Sums, as_divisor
 
 __all__ = ["Correction", "CotangentSums", "Kernel", "Scaling", "statistics_dtype", "where_counted"]
 
@@ -47,7 +47,7 @@ class CotangentSums(NamedTuple):
     """What the gradient needs to know of a replica's part, a channel each."""
 
     outputs: Any  # shape (C,): Σ dy; also the gradient of beta
-    products: Any  # shape (C,): Σ dy · (x − mean) · inverse, with the mean without its rest
+    deviations: Any  # shape (C,): Σ dy · (x − mean), with the mean without its rest
 
     def normalized(self, scaling: Scaling) -> tuple[Any, Any]:
         """`Σ dy` and `Σ dy·x̂`, the gradients of beta and gamma, packed for the collective too.
@@ -55,24 +55,23 @@ class CotangentSums(NamedTuple):
         Returns:
             Shape (2C,), and shape (C,) of its second half.
         """
-        normalized = self.products - scaling.mean_rest * scaling.inverse * self.outputs
+        normalized = (self.deviations - scaling.mean_rest * self.outputs) * scaling.inverse
         return tf.concat([self.outputs, normalized], axis=0), normalized
 
 
 class Correction(NamedTuple):
-    """What makes `scale · dy` the gradient: `+ (x − mean) · slope + offset`, times the weights."""
+    """What is taken from dy: `dx = scale · (dy − w · ((x − mean) · slope + offset))`."""
 
-    normalized: Any  # shape (C,): what x̂ is multiplied by, slope / inverse
-    slope: Any  # shape (C,)
-    offset: Any  # shape (C,)
+    normalized: Any  # shape (C,): Σ dy·x̂ / n
+    slope: Any  # shape (C,): the same for x − mean, times inverse
+    offset: Any  # shape (C,): Σ dy / n, less what the mean lacks
 
     @classmethod
     def of(cls, total: Any, count: Any, scaling: Scaling) -> Correction:
         """From the packed sums, shape (2C,), and the count of the whole batch."""
         outputs, normalized = tf.split(total / tf.cast(as_divisor(count, xp), total.dtype), 2)
-        factor = -scaling.scale * normalized
-        slope = factor * scaling.inverse
-        return cls(factor, slope, -scaling.scale * outputs - slope * scaling.mean_rest)
+        slope = normalized * scaling.inverse
+        return cls(normalized, slope, outputs - slope * scaling.mean_rest)
 
 
 class Kernel(NamedTuple):
@@ -82,8 +81,8 @@ class Kernel(NamedTuple):
     weight 0 does not exist: `where` leaves it out, since 0 · NaN is NaN.
     """
 
-    # (x, weights, dtype) -> moments in that dtype
-    moments: Callable[[Any, Any | None, Any], Moments]
+    # (x, weights, dtype) -> moments in that dtype, or sums in float64
+    moments: Callable[[Any, Any | None, Any], Moments | Sums]
     # (x, scaling) -> y, in the dtype of x
     apply: Callable[[Any, Scaling], Any]
     # (dy, x, weights, scaling) -> the sums, in the dtype of scaling, and what `gradient` can use
