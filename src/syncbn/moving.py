@@ -22,8 +22,8 @@ def move_statistics(layer: Any, moments: Moments) -> None:
     any_element = ops.cast(moments.count > 0, dtype)
 
     def move(moving: Any, batch: Any, share: Any) -> Any:
-        old = ops.cast(moving, dtype)
-        moved = old + (batch - old) * share
+        # Not `old + (batch − old) · share`, which is not the batch where the share is 1.
+        moved = ops.cast(moving, dtype) * (1 - share) + batch * share
         moving.assign(moved)
         return moved
 

@@ -57,8 +57,8 @@ class Scenario:
     error: tuple[str, str] | None = None
     error_worlds: tuple[str, ...] = REPLICATED
     witnesses: tuple[str, ...] = ("mirrored2",)
-    timeout: float = 30.0
-    seconds: float = 90.0
+    timeout: float = 75.0
+    seconds: float = 150.0
     breaks: bool = False
 
     def observe(self, world: World) -> dict[str, np.ndarray]:

@@ -346,8 +346,7 @@ def threads(world: World) -> Any:
 @scenario(
     covers=["memory that grows with every step"],
     repairs=["instance-keys"],
-    worlds=("one", "one_repaired", "mirrored2", "mirrored4"),
-    core=("one", "mirrored2"),
+    core=FEW,
 )
 def numbers_of_collectives(world: World) -> Any:
     """Each new number is a record that TensorFlow keeps: more steps must not take more of them."""

@@ -1,7 +1,5 @@
 """Collectives of every step use numbers that come again; those of any batch's shape do not."""
 
-from types import SimpleNamespace
-
 import tensorflow as tf
 from tensorflow.python.distribute.cross_device_utils import CollectiveKeys
 
@@ -9,22 +7,6 @@ import syncbn
 from syncbn._backends.tensorflow import collectives
 from syncbn._backends.tensorflow.replicas import mirrored_strategy
 from syncbn.multi_worker import replicas
-from syncbn.multi_worker.repairs.instance_keys import RING, _Rings, _rings
-
-
-def test_a_ring_comes_round_and_kinds_have_rings_of_their_own():
-    rings = _Rings()
-    first = [rings.next("a") for _ in range(RING)]
-    other = [rings.next("b") for _ in range(RING)]
-    assert len({*first, *other}) == 2 * RING
-    assert [rings.next("a") for _ in range(RING)] == first
-    assert [rings.next("b") for _ in range(RING)] == other
-
-
-def test_devices_that_come_by_the_same_collectives_get_the_same_numbers():
-    one, another = _Rings(), _Rings()
-    kinds = [("float64", (3,)), ("float32", (7,)), ("float64", (3,)), ("float64", (5,))]
-    assert [one.next(kind) for kind in kinds] == [another.next(kind) for kind in kinds]
 
 
 def test_the_layer_and_the_repair_mean_the_same_scope():
@@ -75,8 +57,3 @@ def test_a_second_strategy_has_none_of_the_numbers_of_the_first():
     assert numbers[3] == numbers[2] + 1
     # The second goes on from there when the repairs are undone.
     assert keys.get_instance_key(group, "CPU:0") == numbers[-1] + 1
-
-
-def test_a_second_strategy_has_the_rings_of_the_first():
-    launchers = [SimpleNamespace(_group_key=1 << 20, _device="CPU:0") for _ in range(2)]
-    assert _rings(launchers[0]) is _rings(launchers[1])

@@ -59,7 +59,10 @@ class ReportingStep:
             found = {index: share.result_of(value) for index, value in enumerate(leaves)}
             self._results = {index: result for index, result in found.items() if result}
             self._structure = tree.pack_sequence_as(outputs, list(range(len(leaves))))
-            report = Report(_packed(self._additive()), {}, {}, share.examples)
+            # Not before the data, should no metric follow from them: see `share`.
+            with tf.control_dependencies([share.examples]):
+                state = _packed(self._additive())
+            report = Report(state, {}, {}, share.examples)
             for index, value in enumerate(leaves):
                 if index in self._results:
                     continue

@@ -69,7 +69,8 @@ def sum_over_replicas(value: Any) -> Any:
     # What is read from a variable may not say on which device it is, which the collective asks.
     placed = tf.nest.map_structure(tf.identity, value)
     if is_multi_worker(context.strategy):
-        return context.all_reduce(tf.distribute.ReduceOp.SUM, placed)
+        with tf.name_scope(SAME_SHAPE):
+            return context.all_reduce(tf.distribute.ReduceOp.SUM, placed)
 
     def add(strategy: Any, *values: Any) -> Any:
         return [tf.add_n(strategy.experimental_local_results(value)) for value in values]

@@ -73,13 +73,29 @@ def sharing(data: Any) -> Iterator[Share]:
     """For the step that is run on this replica's part of the data."""
     x, _, _ = unpack_x_y_sample_weight(data)
     first = next((leaf for leaf in tree.flatten(x) if leaf is not None), None)
-    share = Share(tf.cast(1 if first is None else tf.shape(first)[0], tf.float32))
+    share = Share(_examples_of(first))
     stack = _stack()
     stack.append(share)
     try:
         yield share
     finally:
         stack.pop()
+
+
+def _examples_of(batch: Any) -> Any:
+    """How many examples it has, known only once it is there.
+
+    Of a batch of static shape the number is a constant, and its sum over the workers would be under
+    way while the dataset finds that it is at its end. That error cancels the sum, which at the
+    other worker is no end of data but an error of the collective, and aborts all of them.
+    """
+    if batch is None:
+        return tf.constant(1.0)
+    examples = tf.cast(tf.shape(batch)[0], tf.float32)
+    if tf.executing_eagerly():
+        return examples
+    with tf.control_dependencies(tf.nest.flatten(batch, expand_composites=True)[:1]):
+        return tf.identity(examples)
 
 
 def current_share() -> Share | None:

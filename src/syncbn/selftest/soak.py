@@ -19,8 +19,8 @@ __all__ = ["Usage", "growth", "run", "usage"]
 STEPS_OF_AN_EPOCH = 50
 SAMPLES = 32
 # Between the first quarter and the end. The allocator and TensorFlow's thread pools still fill
-# after the first steps, and it keeps 1.2 KiB of every collective.
-MEBIBYTES = 24.0
+# after the first steps. One collective that TensorFlow does not forget is 1.2 KiB a step.
+MEBIBYTES = 6.0
 THREADS = 4.0
 FILES = 4.0
 

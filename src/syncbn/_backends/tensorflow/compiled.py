@@ -57,10 +57,23 @@ def _deviations_from_sample(x: Any, dtype: Any) -> tuple[Any, ...]:
     # Of the rank that the slice does not know.
     sample = tf.ensure_shape(x[:: tf.maximum(tf.shape(x)[0] // _SAMPLES, 1)], x.shape)
     size = tf.maximum(tf.shape(sample)[0], 1)
-    pivot = tf.reduce_sum(sample, axis=0) / tf.cast(size, tf.float32)
+    size = tf.cast(size, tf.float32)
+    mean = tf.reduce_sum(sample, axis=0) / size
+    variance = tf.reduce_sum(tf.math.squared_difference(sample, mean), axis=0) / size
+    pivot = _with_few_digits(mean, tf.sqrt(variance))
     deviations = x - pivot
     count = tf.cast(tf.shape(x)[0], dtype)
     return pivot, count, *_strips(deviations, deviations * deviations)
+
+
+def _with_few_digits(mean: Any, deviation: Any) -> Any:
+    """The mean to a sixteenth of a standard deviation, so that `x − mean` is rounded seldom.
+
+    With all its digits the rounding of all x of one size would go the same way, and add up.
+    """
+    exponent = tf.bitwise.bitwise_and(tf.bitcast(deviation, tf.int32), 0x7F800000)
+    unit = tf.bitcast(exponent, tf.float32) / 16
+    return tf.where(unit > 0, tf.round(mean / unit) * unit, mean)
 
 
 def _weighted(x: Any, weights: Any) -> tuple[Any, Any]:
@@ -89,7 +102,7 @@ def _about_pivot(pivot: Any, count: Any, strips: Any, rest: Any, dtype: Any) -> 
 
 
 def _apply(x: Any, scaling: Scaling) -> Any:
-    """`(x − mean) · gamma / √(variance + epsilon) + beta`, in x's dtype, by way of float32."""
+    """`(x − mean) · scale + offset`, in x's dtype, by way of float32."""
     y = xla.run(_scaled, _rows(x), scaling.mean, scaling.scale, scaling.offset)
     return tf.reshape(y, tf.shape(x))
 

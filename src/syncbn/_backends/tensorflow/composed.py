@@ -6,7 +6,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from syncbn._backends.tensorflow.fused import count_of, weighted_moments
+from syncbn._backends.tensorflow.fused import about, count_of, weighted_moments
 from syncbn._backends.tensorflow.inversion import before_activation
 from syncbn._backends.tensorflow.namespace import xp
 from syncbn._backends.tensorflow.scaling import (
@@ -33,8 +33,7 @@ def _moments(x: Any, weights: Any | None, dtype: Any) -> Moments | Sums:
     if x.dtype.size < dtype.size:
         # Of float32 inputs a float64 has digits for the squares at any mean.
         return Sums(count, total, tf.reduce_sum(tf.square(wide), axis=_AXES))
-    mean = total / as_divisor(count, xp)
-    return Moments(count, mean, tf.reduce_sum(tf.math.squared_difference(wide, mean), axis=_AXES))
+    return Moments(count, *about(total / as_divisor(count, xp), wide, None, count))
 
 
 def _apply(x: Any, scaling: Scaling) -> Any:

@@ -22,7 +22,7 @@ from syncbn._backends.tensorflow.scaling import (
 )
 from syncbn.moments import Moments, as_divisor
 
-__all__ = ["count_of", "fused", "weighted_moments"]
+__all__ = ["about", "count_of", "fused", "weighted_moments"]
 
 _AXES = (0, 1, 2)
 
@@ -65,10 +65,10 @@ def weighted_moments(x: Any, weights: Any, dtype: Any) -> Moments:
     weights = tf.cast(weights, x.dtype)
     x = where_counted(weights, x)
     mean = _sum(weights * x, dtype) / as_divisor(count, xp)
-    return Moments(count, *_about(mean, x, weights, count))
+    return Moments(count, *about(mean, x, weights, count))
 
 
-def _about(mean: Any, x: Any, weights: Any | None, count: Any) -> tuple[Any, Any]:
+def about(mean: Any, x: Any, weights: Any | None, count: Any) -> tuple[Any, Any]:
     """Mean and sum of squared deviations in the dtype of a mean that is nearly right."""
     rough = tf.cast(mean, x.dtype)
     deviations = x - rough
@@ -86,7 +86,7 @@ def _moments(x: Any, weights: Any | None, dtype: Any) -> Moments:
     mean, m2 = _moments_by_fold(x, count, dtype)
 
     def refined() -> tuple[Any, Any]:
-        return _about(mean, tf.cast(x, tf.float32), None, count)
+        return about(mean, tf.cast(x, tf.float32), None, count)
 
     # The kernel's mean is a float32 sum, a few roundings off. Between replicas of different means
     # that enters the variance at first order, and where the mean is large it is no longer small.

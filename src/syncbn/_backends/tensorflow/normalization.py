@@ -211,7 +211,7 @@ def _gradient(part: _Part, dy: Any, x: Any, scaling: Scaling) -> tuple[Any, Any,
                 tape.watch((dy, x, gamma))
                 local = composed.moments(x, part.weights, collectives.moments_dtype())
                 again = collectives.exchange(local, part.groups).own
-                derivable = Scaling.of(again, gamma, gamma, scaling.epsilon)  # no beta in it
+                derivable = Scaling.of(again, gamma, gamma, part.epsilon)  # no beta in it
                 derived = part._replace(kernel=composed, moments=again)
                 results = _gradient_of_part(derived, dy, x, derivable)
             return tape.gradient(

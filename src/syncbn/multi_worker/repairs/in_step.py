@@ -25,6 +25,7 @@ from syncbn.multi_worker.board import Board, board_of
 from syncbn.multi_worker.operations import OPERATIONS
 from syncbn.multi_worker.progress import callback_in, progress
 from syncbn.multi_worker.repair import Patch, source_probe
+from syncbn.multi_worker.rings import numbers
 
 __all__ = ["is_needed", "patches"]
 
@@ -86,16 +87,20 @@ def _meet(board: Board, name: str, value: Any = None) -> list[Any]:
 def _begin(board: Board, name: str, arguments: Mapping[str, Any]) -> None:
     """Meet at the entry of an operation, and see that it is equally long everywhere.
 
+    The numbers of collectives are seen to be the same, too, after whatever happened before.
+
     Raises:
         WorkerError: a worker is elsewhere, or was given other numbers.
     """
     own = {key: arguments[key] for key in LENGTHS if isinstance(arguments.get(key), int)}
-    for worker, theirs in zip(board.workers, _meet(board, f"{name}()", own), strict=True):
-        if theirs != own:
+    answers = _meet(board, f"{name}()", {"lengths": own, "numbers": numbers.state()})
+    for worker, answer in zip(board.workers, answers, strict=True):
+        if answer["lengths"] != own:
             raise WorkerError(
                 f"{name}() requires the same numbers of steps and epochs on every worker. "
-                f"Received: {own} on {board.own}, {theirs} on {worker}."
+                f"Received: {own} on {board.own}, {answer['lengths']} on {worker}."
             )
+    numbers.agree([answer["numbers"] for answer in answers])
 
 
 def _together(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -111,7 +116,7 @@ def _together(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
                 # Within an operation only what a callback calls can be on one worker alone.
                 if progress.depth == 0 or progress.in_callback:
                     _begin(board, name, signature.bind(model, *args, **kwargs).arguments)
-                with progress.inside(name):
+                with progress.inside(name), numbers.operation():
                     return original(model, *args, **kwargs)
             except BaseException:
                 if progress.failed is not None:

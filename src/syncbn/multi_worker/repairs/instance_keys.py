@@ -1,16 +1,15 @@
 """Collectives of every step have numbers that come again, so that memory does not grow.
 
 TensorFlow keeps a record of more than a kilobyte of every collective by its number, for ever, and
-gives each call of a step new numbers: fifty synchronized layers leave 100 KB a step.
+gives each call of a step new numbers: fifty synchronized layers leave 100 KB a step. On workers
+each new number costs a question to worker 0 besides, a fourth of the collective's time.
 
-Here a collective gets a number of a ring, which comes again after `RING` others of its kind.
-A record can be used again for the same shape alone, and all workers must choose alike: so only
-tensors whose shape no batch decides take part, as payloads of layers, gradients of variables,
-numbers of logs. Whoever sums them says so by the name scope `SAME_SHAPE`. TensorFlow orders the
-collectives of a device one after another, so that a number never comes again while it is in use.
-
-Within one process alone: on workers, where it saves as much, two workers waited for each other in
-two of three runs of the whole suite, for a reason that is not known yet.
+Here a collective gets a number of a ring, which comes again after `RING` others of its kind; when
+that is safe says `rings`. A record can be used again for the same shape alone, and all workers must
+choose alike: so only tensors whose shape no batch decides take part, as payloads of layers,
+gradients of variables, numbers of logs. Whoever sums them says so by the name scope `SAME_SHAPE`.
+On workers the calls of Keras's operations take part alone: there the workers meet at the beginning,
+and an error is seen. A training loop of your own has TensorFlow's numbers there.
 
 The records are the process's, while TensorFlow counts anew for each strategy: the second one met
 those of the first, and failed where its shapes were others. Here all strategies count on.
@@ -21,26 +20,24 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import tensorflow as tf
 from keras.src.backend.tensorflow.optimizer import TFOptimizer
+from tensorflow.python.distribute import input_lib
 from tensorflow.python.distribute.cross_device_utils import (
     CollectiveKeys,
     CollectiveReplicaLauncher,
 )
 from tensorflow.python.framework import ops
 
+from syncbn.multi_worker import small_sums
 from syncbn.multi_worker.repair import Patch, source_probe
 from syncbn.multi_worker.replicas import SAME_SHAPE
+from syncbn.multi_worker.rings import numbers
 
 __all__ = ["is_needed", "patches"]
-
-RING = 64  # numbers of each kind of collective
-FIRST = 1 << 24  # TensorFlow's own count upwards from 100
-MOST_KINDS = (1 << 30) // RING
 
 
 def is_needed() -> bool:
@@ -53,8 +50,9 @@ def is_needed() -> bool:
 
 
 def patches() -> list[Patch]:
-    """Where a collective gets its number, and the sum of the gradients."""
+    """Where a collective gets its number, and sums of Keras's and TensorFlow's own."""
     return [
+        Patch(input_lib, "_calculate_replicas_with_values", _of_one_number),
         Patch(CollectiveKeys, "get_instance_key", _counting_on),
         Patch(CollectiveReplicaLauncher, "all_reduce", _with_kind),
         Patch(CollectiveReplicaLauncher, "_next_instance_key", _numbering),
@@ -62,31 +60,12 @@ def patches() -> list[Patch]:
     ]
 
 
-class _Rings:
-    """The numbers of one group of devices, for one of its devices.
-
-    All devices of the group come by the same kinds in the same order, as they come by all
-    collectives.
-    """
-
-    def __init__(self) -> None:
-        self._kinds: dict[Hashable, int] = {}
-        self._used: Counter[Hashable] = Counter()
-        self._lock = threading.Lock()
-
-    def next(self, kind: Hashable) -> int:
-        """The next number of a kind's ring."""
-        with self._lock:
-            ring = self._kinds.setdefault(kind, len(self._kinds)) % MOST_KINDS
-            place = self._used[kind] % RING
-            self._used[kind] += 1
-        return FIRST + ring * RING + place
-
-
 def _with_kind(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def all_reduce(launcher: Any, input_tensor: Any, *args: Any, **kwargs: Any) -> Any:
         with _kind(launcher, input_tensor):
+            if launcher._syncbn_kind and small_sums.is_small(launcher, input_tensor):
+                return small_sums.all_reduce(launcher, input_tensor, *args, **kwargs)
             return original(launcher, input_tensor, *args, **kwargs)
 
     return all_reduce
@@ -97,10 +76,8 @@ def _kind(launcher: Any, tensor: Any) -> Iterator[None]:
     """While the launcher numbers this tensor's collective, it knows its dtype and shape."""
     scopes = tf.get_current_name_scope().split("/")
     same = any(scope.startswith(SAME_SHAPE) for scope in scopes)
-    # A device of a worker says of which job it is; the strategy is not at hand everywhere.
-    same = same and ("/job:" not in launcher._device or "/job:localhost" in launcher._device)
-    if same and tf.is_tensor(tensor) and tensor.shape.is_fully_defined():
-        launcher._syncbn_kind = (tensor.dtype.name, tuple(tensor.shape))
+    same = same and tf.is_tensor(tensor) and tensor.shape.is_fully_defined()
+    launcher._syncbn_kind = (tensor.dtype.name, tuple(tensor.shape)) if same else None
     try:
         yield
     finally:
@@ -128,14 +105,13 @@ def _number(launcher: Any, kind: Hashable) -> Any:
             return graph.capture_call_time_value(
                 lambda: _number(launcher, kind), tf.TensorSpec([], tf.int32)
             )
+    group, device = launcher._group_key, launcher._device
+    if small_sums.is_on_workers(launcher) and not numbers.are_agreed:
+        number = launcher._collective_keys.get_instance_key(group, device)
+    else:
+        number = numbers.rings(group, device).next(kind)
     with tf.device("CPU:0"):
-        return tf.convert_to_tensor(_rings(launcher).next(kind), dtype=tf.int32)
-
-
-def _rings(launcher: Any) -> _Rings:
-    """Of the process, as TensorFlow's records are: launchers and strategies are made anew."""
-    with _lock:
-        return _rings_of.setdefault((launcher._group_key, launcher._device), _Rings())
+        return tf.convert_to_tensor(number, dtype=tf.int32)
 
 
 def _counting_on(original: Callable[..., int]) -> Callable[..., int]:
@@ -155,8 +131,18 @@ def _counting_on(original: Callable[..., int]) -> Callable[..., int]:
 
 
 _lock = threading.Lock()
-_rings_of: dict[tuple[int, str], _Rings] = {}
 _counts: dict[tuple[int, str], int] = {}
+
+
+def _of_one_number(original: Callable[..., Any]) -> Callable[..., Any]:
+    """How many replicas have data for the next step."""
+
+    @functools.wraps(original)
+    def _calculate_replicas_with_values(*args: Any, **kwargs: Any) -> Any:
+        with tf.name_scope(SAME_SHAPE):
+            return original(*args, **kwargs)
+
+    return _calculate_replicas_with_values
 
 
 def _of_variables(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -7,6 +7,7 @@ there are soon more than a machine can have. Here the one thread that watches ke
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
 from collections.abc import Callable
@@ -121,7 +122,8 @@ def _named(board: Board, name: str, begun: float) -> WorkerError:
     if watching and watching.verdict:
         found = [watching.verdict]
     else:
-        found = [f"{worker} is {_state(board, worker)}" for worker in board.peers]
+        # The connection to a worker that has ended may break before the thread looks at it.
+        found = [_fate(board, worker) for worker in board.peers]
     error: WorkerError = WorkerError(
         f"{name}() requires all {len(board.workers)} workers at the same step. "
         f"Received: {'; '.join(found)}. This is {board.own}, which waited {waited:.1f} s at "
@@ -130,6 +132,14 @@ def _named(board: Board, name: str, begun: float) -> WorkerError:
         "give enable_multi_worker(timeout=…) more seconds."
     )
     return error
+
+
+def _fate(board: Board, worker: Worker) -> str:
+    with contextlib.suppress(WorkerError):  # the board went with the chief
+        record = board.look_at(worker)
+        if record and record["failed"] and record["failed"][0] == progress.operation:
+            return f"{worker} ended this operation by {record['failed'][1]}"
+    return f"{worker} is {_state(board, worker)}"
 
 
 def _state(board: Board, worker: Worker) -> str:

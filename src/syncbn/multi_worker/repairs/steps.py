@@ -21,6 +21,7 @@ from syncbn.multi_worker.logs import ReportingStep
 from syncbn.multi_worker.progress import progress
 from syncbn.multi_worker.repair import Patch, source_probe
 from syncbn.multi_worker.replicas import is_multi_worker, replica_count
+from syncbn.multi_worker.rings import numbers
 from syncbn.multi_worker.splitting import split
 
 __all__ = ["is_needed", "patches"]
@@ -105,7 +106,8 @@ def _function_on_replicas(model: Any, step_function: Callable[[Any], Any]) -> Ca
 
     def function(iterator: Any) -> Any:
         try:
-            return run(iterator)
+            with numbers.call():
+                return run(iterator)
         except tf.errors.InternalError as error:
             explain(error)
             raise
