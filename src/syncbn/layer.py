@@ -198,10 +198,7 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
         self.unbiased_moving_variance = unbiased_moving_variance
         self.activation = activation_function(activation)
         self.nan_check = nan_check
-        grouped = bool(group_size or group_assignment)
-        self.save = checked_save(save, self.activation, virtual_batch_size, grouped and renorm)
-        # XLA leaves assertions out. So `compile(jit_compile="auto")` does not choose it.
-        self.supports_jit = not nan_check and save == "input"
+        self._set_save(save)
 
     def _set_renorm(
         self, renorm: bool, clipping: Mapping[str, float] | None, momentum: float
@@ -221,6 +218,12 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
         self._grouping = Grouping.of(size, assignment)
         self.group_size = self._grouping.size
         self.group_assignment = assignment and [list(group) for group in assignment]
+
+    def _set_save(self, save: str) -> None:
+        grouped_renorm = self.renorm and self._grouping != Grouping()
+        self.save = checked_save(save, self.activation, self.virtual_batch_size, grouped_renorm)
+        # XLA leaves assertions out. So `compile(jit_compile="auto")` does not choose it.
+        self.supports_jit = not self.nan_check and save == "input"
 
     def build(self, input_shape: Any) -> None:
         """Make the weights: Keras's, in its order, then those of this layer's own arguments."""
