@@ -7,7 +7,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 BIN := .venv/bin
 READY := .venv/ready
 OUTPUT ?= demo-output
-BENCHMARKS ?= layer one_device features training workers accuracy scaling peers memory resnet
+BENCHMARKS ?= layer one_device kernels features training workers accuracy scaling peers memory resnet
 
 .PHONY: help demo test lint types format bench lock test-models test-scenarios test-survival \
 	test-frameworks test-versions clean

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-__all__ = ["Moments", "Sums", "as_divisor", "merge_table", "pack_row", "pack_sums", "unpack_sums"]
+__all__ = ["Moments", "as_divisor", "merge_table", "pack_row", "pack_sums", "unpack_sums"]
 
 
 class Moments(NamedTuple):
@@ -46,24 +46,6 @@ class Moments(NamedTuple):
         return self.m2 / as_divisor(divisor, xp)
 
 
-class Sums(NamedTuple):
-    """Count, sum and sum of squares: the sum form itself, where float64 makes it safe."""
-
-    count: Any  # shape () or (C,)
-    total: Any  # shape (C,): Σ x
-    squares: Any  # shape (C,): Σ x²
-
-    def moments(self, xp: Any) -> Moments:
-        """The same as moments."""
-        mean = self.total / as_divisor(self.count, xp)
-        # Rounding may leave a constant channel a hair below zero, of which rsqrt would make NaN.
-        return Moments(self.count, mean, xp.maximum(self.squares - self.total * mean, 0.0))
-
-    def pack(self, xp: Any) -> Any:
-        """The payload, shape (2C+1,) or (3C,)."""
-        return xp.concatenate([_as_vector(self.count), self.total, self.squares])
-
-
 def as_divisor(count: Any, xp: Any) -> Any:
     """The count, or something tiny for 0: of an empty set every sum is 0, and stays 0."""
     return xp.maximum(count, 1e-30)
@@ -73,7 +55,7 @@ def pack_sums(moments: Moments, xp: Any) -> Any:
     """The sum form, shape (2C+1,): `(n, n·mean, M2 + n·mean²)`. Its inputs should be float64."""
     count, mean, m2 = moments
     total = count * mean
-    return Sums(count, total, m2 + total * mean).pack(xp)
+    return xp.concatenate([_as_vector(count), total, m2 + total * mean])
 
 
 def _as_vector(count: Any) -> Any:
@@ -91,7 +73,10 @@ def unpack_sums(payload: Any, xp: Any, *, one_count: bool = True) -> Moments:
     counts = _counts(payload.shape[0], one_count)
     channels = (payload.shape[0] - counts) // 2
     count, total = payload[0] if one_count else payload[:counts], payload[counts:][:channels]
-    return Sums(count, total, payload[counts + channels :]).moments(xp)
+    mean = total / as_divisor(count, xp)
+    m2 = payload[counts + channels :] - total * mean
+    # Rounding may leave a constant channel a hair below zero, of which rsqrt would make NaN.
+    return Moments(count, mean, xp.maximum(m2, 0.0))
 
 
 def _counts(numbers: int, one_count: bool) -> int:

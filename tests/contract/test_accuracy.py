@@ -114,8 +114,8 @@ def test_the_errors_at_large_means_are_those_of_the_page(offset, monkeypatch):
     import syncbn
 
     said = OFFSETS[offset]
-    theirs = accuracy.errors(keras.layers.BatchNormalization, float(offset), synchronized=True)
-    ours = accuracy.errors(syncbn.SyncBatchNormalization, float(offset))
+    theirs = accuracy.errors(keras.layers.BatchNormalization, float(offset), 0, synchronized=True)
+    ours = accuracy.errors(syncbn.SyncBatchNormalization, float(offset), 0)
     for measured, number in ((ours[0], said[1]), (ours[1], said[3])):
         assert measured <= 3 * number
     for measured, number in ((theirs[0], said[0]), (theirs[1], said[2])):

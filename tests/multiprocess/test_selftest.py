@@ -70,7 +70,7 @@ def test_a_leak_fails_the_soak_of_one_worker(ended):
 
 
 def test_every_check_passes_on_two_workers_and_the_chief_prints_the_table(capfd):
-    assert main(["selftest", "--steps", "100", "--timeout", "60"]) == 0
+    assert main(["selftest", "--steps", "100", "--timeout", "120"]) == 0
     table, said = capfd.readouterr()
     verdicts = [line for line in table.splitlines() if line.endswith(" ok")]
     assert [line.removeprefix("[0] ").split()[0] for line in verdicts] == [

@@ -11,7 +11,7 @@ from syncbn._backends.tensorflow.graphs import is_function_inside_a_loop
 from syncbn._backends.tensorflow.namespace import xp
 from syncbn.errors import NotSynchronizableError
 from syncbn.groups import Groups
-from syncbn.moments import Moments, Sums, merge_table, pack_row, pack_sums, unpack_sums
+from syncbn.moments import Moments, merge_table, pack_row, pack_sums, unpack_sums
 
 __all__ = [
     "SAME_SHAPE",
@@ -145,9 +145,7 @@ class Exchanged(NamedTuple):
     faults: Any | None  # shape (R,): the number that each replica gave
 
 
-def exchange(
-    local: Moments | Sums, groups: Groups | None = None, fault: Any | None = None
-) -> Exchanged:
+def exchange(local: Moments, groups: Groups | None = None, fault: Any | None = None) -> Exchanged:
     """Moments of the concatenated batch, by one collective; by none for one replica.
 
     The payload of the forward collective: `(n, n·mean, M2 + n·mean²)`, 2C+1 float64, a row for each
@@ -156,7 +154,7 @@ def exchange(
     which also gives each replica what it needs for the moving statistics.
 
     Args:
-        local: those of this replica's part, in `moments_dtype()`; as sums only in float64.
+        local: those of this replica's part, in `moments_dtype()`.
         groups: lists of replicas, each of which normalizes by itself; None for one group of all.
         fault: a number to tell the others, or None for nothing.
     """
@@ -165,11 +163,9 @@ def exchange(
     as_sums = moments_dtype() == tf.float64
     if as_sums and groups is None and fault is None and replicas > 1:
         # What nearly every call is, with as few operations as can be.
-        payload = local.pack(xp) if isinstance(local, Sums) else pack_sums(local, xp)
-        union = unpack_sums(sum_over_replicas(payload), xp, one_count=one_count)
+        total = sum_over_replicas(pack_sums(local, xp))
+        union = unpack_sums(total, xp, one_count=one_count)
         return Exchanged(union, union, None)
-    if isinstance(local, Sums):
-        local = local.moments(xp)
     if replicas == 1:
         return Exchanged(local, local, None if fault is None else fault[None])
     row = pack_sums(local, xp) if as_sums else pack_row(local, xp)

@@ -16,24 +16,23 @@ from syncbn._backends.tensorflow.scaling import (
     Scaling,
     where_counted,
 )
-from syncbn.moments import Moments, Sums, as_divisor
+from syncbn.moments import Moments, as_divisor
 
 __all__ = ["composed"]
 
 _AXES = (0, 1, 2)
 
 
-def _moments(x: Any, weights: Any | None, dtype: Any) -> Moments | Sums:
-    """Moments in two passes, first the mean, then the deviations from it; or sums."""
+def _moments(x: Any, weights: Any | None, dtype: Any) -> Moments:
+    """Moments in two passes: first the mean, then the deviations from it."""
     wide = tf.cast(x, dtype)
     if weights is not None:
         return weighted_moments(wide, weights, dtype)
     count = count_of(x, dtype)
-    total = tf.reduce_sum(wide, axis=_AXES)
-    if x.dtype.size < dtype.size:
-        # Of float32 inputs a float64 has digits for the squares at any mean.
-        return Sums(count, total, tf.reduce_sum(tf.square(wide), axis=_AXES))
-    return Moments(count, *about(total / as_divisor(count, xp), wide, None, count))
+    mean = tf.reduce_sum(wide, axis=_AXES) / as_divisor(count, xp)
+    if dtype == tf.float32:
+        return Moments(count, *about(mean, wide, None, count))
+    return Moments(count, mean, tf.reduce_sum(tf.math.squared_difference(wide, mean), axis=_AXES))
 
 
 def _apply(x: Any, scaling: Scaling) -> Any:

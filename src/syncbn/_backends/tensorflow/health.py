@@ -10,7 +10,7 @@ import tensorflow as tf
 from syncbn._backends.tensorflow import collectives
 from syncbn.errors import UnsupportedFeatureError
 from syncbn.groups import Groups
-from syncbn.moments import Moments, Sums
+from syncbn.moments import Moments
 
 __all__ = ["exchange", "refuse_xla"]
 
@@ -20,7 +20,7 @@ _ORIGINS = ("", "its input", "the state of the layer", "its input and the state 
 
 
 def exchange(
-    local: Moments | Sums, groups: Groups | None, state: Mapping[str, Any], layer: str | None
+    local: Moments, groups: Groups | None, state: Mapping[str, Any], layer: str | None
 ) -> tuple[Moments, Moments]:
     """The moments of the group and of all replicas; with a layer's name, if all is finite.
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from syncbn._backends.tensorflow.namespace import xp
-from syncbn.moments import Moments, Sums, as_divisor
+from syncbn.moments import Moments, as_divisor
 
 __all__ = ["Correction", "CotangentSums", "Kernel", "Scaling", "statistics_dtype", "where_counted"]
 
@@ -78,8 +78,8 @@ class Kernel(NamedTuple):
     weight 0 does not exist: `where` leaves it out, since 0 · NaN is NaN.
     """
 
-    # (x, weights, dtype) -> moments in that dtype, or sums in float64
-    moments: Callable[[Any, Any | None, Any], Moments | Sums]
+    # (x, weights, dtype) -> moments in that dtype
+    moments: Callable[[Any, Any | None, Any], Moments]
     # (x, scaling) -> y, in the dtype of x
     apply: Callable[[Any, Scaling], Any]
     # (dy, x, weights, scaling) -> the sums, in the dtype of scaling, and what `gradient` can use
