@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import numbers
 from collections.abc import Mapping
 from typing import Any
@@ -14,7 +15,9 @@ from syncbn.groups import is_positive_integer
 __all__ = [
     "activation_function",
     "checked_renorm_momentum",
+    "checked_save",
     "checked_virtual_batch_size",
+    "negative_slope",
     "refuse_synchronized",
 ]
 
@@ -69,6 +72,51 @@ def activation_function(activation: Any) -> Any:
 # Of keras.activations: functions about activations, one that changes the shape, one that needs more
 # than its argument.
 _NO_ACTIVATIONS = frozenset({"deserialize", "get", "serialize", "glu", "threshold"})
+
+
+def checked_save(save: Any, activation: Any, virtual_batch_size: Any, grouped_renorm: bool) -> str:
+    """What the backward keeps, "input" or "output", if the others allow it.
+
+    Args:
+        save: the argument.
+        activation: Keras's function, or None.
+        virtual_batch_size: the argument.
+        grouped_renorm: whether there are both groups and renormalization.
+    """
+    if save not in ("input", "output"):
+        raise InputError(
+            'save requires "input" or "output", what the backward is to keep. '
+            f"Received: save={save!r}. Leave it out for the input."
+        )
+    if save == "input":
+        return "input"
+    if activation is not None and activation is not keras.activations.leaky_relu:
+        raise InputError(
+            'save="output" requires an activation whose result gives back its argument with all '
+            f'digits: "leaky_relu" or None. Received: activation={activation.__name__!r}. Where it '
+            "is flat the output does not tell what the backward needs: relu gives 0 for half of "
+            "all inputs, elu nearly -1 for everything below -10. Take leaky_relu, or "
+            'save="input", or put the activation behind this layer, as a layer of its own.'
+        )
+    if virtual_batch_size is not None:
+        raise InputError(
+            'save="output" requires one normalization of the whole batch. Received: '
+            f"virtual_batch_size={virtual_batch_size}. Remove one of the two."
+        )
+    if grouped_renorm:
+        raise InputError(
+            'save="output" requires the same gamma and beta on every replica. Received: '
+            "renorm=True with groups, of which each corrects them by a batch of its own. Remove "
+            "one of the three."
+        )
+    return "output"
+
+
+def negative_slope(activation: Any) -> float:
+    """The slope below 0 of an activation that `checked_save` allows."""
+    if activation is None:
+        return 1.0
+    return float(inspect.signature(activation).parameters["negative_slope"].default)
 
 
 def checked_renorm_momentum(momentum: Any) -> Any:

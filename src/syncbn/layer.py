@@ -9,7 +9,7 @@ import keras
 from keras import ops
 
 from syncbn import _backends
-from syncbn._backends.interface import Batch, Scheme
+from syncbn._backends.interface import Batch, KeptOutput, Scheme
 from syncbn._keras import (
     aggregates_assignments,
     casts_arrays_unasked,
@@ -20,7 +20,9 @@ from syncbn._keras import (
 from syncbn.arguments import (
     activation_function,
     checked_renorm_momentum,
+    checked_save,
     checked_virtual_batch_size,
+    negative_slope,
     refuse_synchronized,
 )
 from syncbn.groups import Grouping
@@ -105,6 +107,13 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
             computes it again from the input, so that nothing more is kept.
         nan_check: in training stop with an error where the layer, its input or its variables have
             become NaN or infinite, and say which replica; before anything is updated.
+        save: what of its size the backward keeps: "input", or "output" for
+            `x̂ = (y − beta) / gamma`. Half the memory where what follows keeps its input anyway (a
+            convolution, a dense layer), with `activation="leaky_relu"` inside, whose result is
+            then kept; no other can be inverted. A relu behind the layer keeps its own result: there
+            "output" is a tensor more. x̂ is off by about (1 + |beta / gamma|) roundings of the
+            output; where half of its digits would go, and at gamma = 0, training stops with an
+            error. Not with virtual batches, XLA, gradients of gradients. In a `tf.function`.
         **kwargs: of `keras.layers.Layer`: `name`, `dtype`, `trainable`, `autocast`.
 
     Raises:
@@ -114,9 +123,11 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
             ParameterServerStrategy, in the cross-replica context, outside of the strategy that the
             layer was made under, inside `tf.cond` or `tf.while_loop` within a replica, on a Keras
             backend other than TensorFlow.
-        UnsupportedFeatureError: `nan_check=True` where XLA compiles the layer.
+        UnsupportedFeatureError: `nan_check=True` or `save="output"` where XLA compiles the layer;
+            gradients of gradients with `save="output"`.
         LookupError: from TensorFlow, by forward-mode differentiation.
-        InvalidArgumentError: from TensorFlow, by `nan_check`.
+        InvalidArgumentError: from TensorFlow, by `nan_check`, or by a gamma that `save="output"`
+            cannot divide by.
 
     References:
         Ioffe, Szegedy, "Batch Normalization", arXiv:1502.03167, 2015.
@@ -125,6 +136,8 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
         (normalization over the batches of several devices).
         Hoffer, Hubara, Soudry, "Train longer, generalize better", arXiv:1705.08741, 2017 (ghost
         batches).
+        Rota Bulò, Porzi, Kontschieder, "In-Place Activated BatchNorm for Memory-Optimized Training
+        of DNNs", CVPR 2018, arXiv:1712.02616 (`save="output"`).
     """
 
     def __init__(
@@ -152,6 +165,7 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
         unbiased_moving_variance: bool = False,
         activation: Any = None,
         nan_check: bool = False,
+        save: str = "input",
         **kwargs: Any,
     ) -> None:
         refuse_synchronized(kwargs)
@@ -184,8 +198,7 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
         self.unbiased_moving_variance = unbiased_moving_variance
         self.activation = activation_function(activation)
         self.nan_check = nan_check
-        # XLA leaves assertions out. So `compile(jit_compile="auto")` does not choose it.
-        self.supports_jit = not nan_check
+        self._set_save(save)
 
     def _set_renorm(
         self, renorm: bool, clipping: Mapping[str, float] | None, momentum: float
@@ -205,6 +218,12 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
         self._grouping = Grouping.of(size, assignment)
         self.group_size = self._grouping.size
         self.group_assignment = assignment and [list(group) for group in assignment]
+
+    def _set_save(self, save: str) -> None:
+        grouped_renorm = self.renorm and self._grouping != Grouping()
+        self.save = checked_save(save, self.activation, self.virtual_batch_size, grouped_renorm)
+        # XLA leaves assertions out. So `compile(jit_compile="auto")` does not choose it.
+        self.supports_jit = not self.nan_check and save == "input"
 
     def build(self, input_shape: Any) -> None:
         """Make the weights: Keras's, in its order, then those of this layer's own arguments."""
@@ -294,12 +313,18 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
             self.virtual_batch_size,
             self.activation,
             self.name if self.nan_check else None,
+            self._kept_output(),
         )
         with without_autocast():
             batch = Batch(inputs, self.axis, counts, self._state())
             outputs, union = backend.normalize(batch, scheme, self._affine)
             move_statistics(self, union)
         return ops.cast(outputs, self.compute_dtype)
+
+    def _kept_output(self) -> KeptOutput | None:
+        if self.save == "input":
+            return None
+        return KeptOutput(self.name, negative_slope(self.activation))
 
     def _as_input(self, inputs: Any) -> Any:
         """The inputs as a tensor, in the compute dtype as Keras casts those of any layer."""
@@ -364,4 +389,5 @@ _PLAIN_ARGUMENTS = (
     "unbiased_moving_variance",
     "activation",
     "nan_check",
+    "save",
 )

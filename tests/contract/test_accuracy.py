@@ -34,6 +34,7 @@ def table(after):
 
 POLICIES = table("By dtype policy")
 OFFSETS = table("At large means")
+FROM_OUTPUT = table("From the output")
 
 
 def variants(dtype):
@@ -79,6 +80,29 @@ def test_no_error_is_larger_than_the_page_says_nor_far_smaller(policy):
     ):
         assert worst <= said, f"{column}: {worst:.1e}"
         assert worst > said / 30, f"{column}: {worst:.1e}, the page says {said}"
+
+
+def errors_from_the_output(policy, ratio):
+    """Of dx, by channel, and of the gradient of gamma, with gammas of both signs."""
+    case = make_case([(64, 8, 8, 6)], dtype=policy.removeprefix("mixed_"))
+    rng = np.random.default_rng(3)
+    gamma, beta = (case.gamma * rng.choice([-1, 1], 6) for _ in range(2))
+    case = case._replace(gamma=gamma, beta=beta * ratio, options={"save": "output"})
+    observed, expected = observe(case, dtype=policy), case.expected()
+    own, its = observed.input_gradients[0].astype("f8"), expected.input_gradients[0]
+    axes = (0, 1, 2)
+    by_channel = np.abs(own - its).max(axis=axes) / np.abs(its).max(axis=axes)
+    return by_channel.max(), error(observed.gamma_gradients, [expected.gamma_gradient])
+
+
+@pytest.mark.parametrize("policy", FROM_OUTPUT)
+def test_the_errors_with_save_output_are_those_of_the_page_up_to_its_limit(policy):
+    *at_one, limit, dx, of_gamma = FROM_OUTPUT[policy]
+    for ratio, said in ((1, at_one), (limit, (dx, of_gamma))):
+        for measured, number in zip(errors_from_the_output(policy, ratio), said, strict=True):
+            assert number / 30 < measured <= number
+    with pytest.raises(tf.errors.InvalidArgumentError, match=f"at most {limit:.0f} in every"):
+        errors_from_the_output(policy, limit * 1.01)
 
 
 @pytest.mark.parametrize("offset", OFFSETS)

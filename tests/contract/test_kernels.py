@@ -61,6 +61,18 @@ def test_a_masked_nan_touches_nothing():
 
 
 @pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize("weighted", [False, True])
+def test_from_the_output_behind_an_activation_with_gammas_of_both_signs(weighted):
+    case = make_case([(40, 7, 5), (9, 7, 5)])
+    rng = np.random.default_rng(3)
+    if weighted:
+        case = case._replace(weights=[rng.choice([0, 0.5, 2], len(p)) for p in case.parts])
+    options = {"save": "output", "activation": "leaky_relu"}
+    case = case._replace(gamma=case.gamma * [1, -1, -1, 1, -1], options=options)
+    assert_equals_one_device(case, observe(case, unknown_sizes=False), 2e-6)
+
+
+@pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 1e-2), ("float16", 2e-3)])
 def test_half_precision_is_rounded_once(dtype, tolerance):
     case = make_case([(40, 5, 3), (9, 5, 3)], dtype=dtype)

@@ -28,6 +28,7 @@ ARGUMENTS = {
     "unbiased_moving_variance": True,
     "activation": "leaky_relu",
     "nan_check": True,
+    "save": "input",
     "name": "my_norm",
     "dtype": "mixed_bfloat16",
     "trainable": False,
@@ -41,6 +42,7 @@ OWN = {
     "unbiased_moving_variance": True,
     "activation": "elu",
     "nan_check": True,
+    "save": "output",
 }
 
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from syncbn.groups import Grouping
 
-__all__ = ["Activation", "Batch", "Scheme"]
+__all__ = ["Activation", "Batch", "KeptOutput", "Scheme"]
 
 Activation = Callable[[Any], Any]
 
@@ -23,6 +23,13 @@ class Batch(NamedTuple):
     state: Mapping[str, Any]  # the layer's variables, each of shape (C,), by name
 
 
+class KeptOutput(NamedTuple):
+    """That the backward is to find all it needs in the output."""
+
+    layer: str  # its name, for the error where it cannot
+    negative_slope: float  # of the activation below 0, which above 0 changes nothing; 1 for none
+
+
 class Scheme(NamedTuple):
     """How to normalize: the same on every replica."""
 
@@ -31,3 +38,4 @@ class Scheme(NamedTuple):
     virtual_batch_size: int | None = None  # examples of a replica that normalize by themselves
     activation: Activation | None = None  # applied to the outputs; keeps their shape
     checked_layer: str | None = None  # its name, where NaN is to be looked for
+    kept_output: KeptOutput | None = None  # None for a backward that keeps the input

@@ -12,6 +12,7 @@ from typing import Any
 import tensorflow as tf
 
 from syncbn._backends.tensorflow import xla
+from syncbn._backends.tensorflow.inversion import before_activation
 from syncbn._backends.tensorflow.namespace import xp
 from syncbn._backends.tensorflow.scaling import (
     Correction,
@@ -101,7 +102,7 @@ def _about_pivot(pivot: Any, count: Any, strips: Any, rest: Any, dtype: Any) -> 
 
 
 def _apply(x: Any, scaling: Scaling) -> Any:
-    """`(x − mean) · gamma / √(variance + epsilon) + beta`, in x's dtype, by way of float32."""
+    """`(x − mean) · scale + offset`, in x's dtype, by way of float32."""
     y = xla.run(_scaled, _rows(x), scaling.mean, scaling.scale, scaling.offset)
     return tf.reshape(y, tf.shape(x))
 
@@ -114,14 +115,18 @@ def _cotangent_sums(
     dy: Any, x: Any, weights: Any | None, scaling: Scaling
 ) -> tuple[CotangentSums, None]:
     counted = () if weights is None else (_rows(weights),)
-    strips = xla.run(_products, _rows(dy), _rows(x), scaling.mean, *counted)
+    negative_slope = scaling.negative_slope
+    strips = xla.run(
+        _products, _rows(dy), _rows(x), scaling.mean, *counted, negative_slope=negative_slope
+    )
     return CotangentSums(*xla.run(_total_products, *_folded(*strips))), None
 
 
-def _products(dy: Any, x: Any, mean: Any, weights: Any | None = None) -> tuple[Any, Any]:
+def _products(
+    dy: Any, x: Any, mean: Any, weights: Any | None = None, *, negative_slope: float
+) -> tuple[Any, Any]:
     """Strips of `Σ dy` and `Σ dy · (x − mean)`."""
-    dy = where_counted(weights, tf.cast(dy, tf.float32))
-    x = where_counted(weights, tf.cast(x, tf.float32))
+    dy, x = _counted(dy, x, weights, negative_slope)
     return _strips(dy, dy * (x - mean))
 
 
@@ -140,19 +145,37 @@ def _gradient(
 ) -> Any:
     vectors = (scaling.mean, scaling.scale, correction.slope, correction.offset)
     counted = () if weights is None else (_rows(weights),)
-    dx = xla.run(_three_terms, _rows(dy), _rows(x), *vectors, *counted)
+    negative_slope = scaling.negative_slope
+    dx = xla.run(
+        _three_terms, _rows(dy), _rows(x), *vectors, *counted, negative_slope=negative_slope
+    )
     return tf.reshape(dx, tf.shape(x))
 
 
 def _three_terms(
-    dy: Any, x: Any, mean: Any, scale: Any, slope: Any, offset: Any, weights: Any | None = None
+    dy: Any,
+    x: Any,
+    mean: Any,
+    scale: Any,
+    slope: Any,
+    offset: Any,
+    weights: Any | None = None,
+    *,
+    negative_slope: float,
 ) -> Any:
     """`scale · (dy − (x − mean) · slope − offset)`; of what does not count, 0."""
-    correction = (where_counted(weights, tf.cast(x, tf.float32)) - mean) * slope + offset
+    counted_dy, counted = _counted(dy, x, weights, negative_slope)
+    correction = (counted - mean) * slope + offset
     if weights is not None:
         correction *= tf.cast(weights, tf.float32)
-    dy = where_counted(weights, tf.cast(dy, tf.float32))
-    return tf.cast((dy - correction) * scale, x.dtype)
+    return tf.cast((counted_dy - correction) * scale, x.dtype)
+
+
+def _counted(dy: Any, x: Any, weights: Any | None, negative_slope: float) -> tuple[Any, Any]:
+    """Both in float32, as before an activation, 0 where they do not count."""
+    dy, x = tf.cast(dy, tf.float32), tf.cast(x, tf.float32)
+    dy, x = before_activation(dy, x, negative_slope)
+    return where_counted(weights, dy), where_counted(weights, x)
 
 
 def _strips(one: Any, other: Any) -> tuple[Any, Any]:

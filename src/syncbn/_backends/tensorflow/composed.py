@@ -7,6 +7,7 @@ from typing import Any
 import tensorflow as tf
 
 from syncbn._backends.tensorflow.fused import about, count_of, weighted_moments
+from syncbn._backends.tensorflow.inversion import before_activation
 from syncbn._backends.tensorflow.namespace import xp
 from syncbn._backends.tensorflow.scaling import (
     Correction,
@@ -40,7 +41,7 @@ def _apply(x: Any, scaling: Scaling) -> Any:
 
 
 def _sums(dy: Any, x: Any, weights: Any | None, scaling: Scaling) -> tuple[CotangentSums, None]:
-    dy, x = (where_counted(weights, tf.cast(part, scaling.gamma.dtype)) for part in (dy, x))
+    dy, x = _counted(dy, x, weights, scaling)
     deviations = tf.reduce_sum(dy * (x - scaling.mean), axis=_AXES)
     return CotangentSums(tf.reduce_sum(dy, axis=_AXES), deviations), None
 
@@ -53,12 +54,18 @@ def _gradient(
     correction: Correction,
     _: Any | None,
 ) -> Any:
-    dtype = scaling.gamma.dtype
-    wide_dy, wide_x = (where_counted(weights, tf.cast(part, dtype)) for part in (dy, x))
+    wide_dy, wide_x = _counted(dy, x, weights, scaling)
     corrections = (wide_x - scaling.mean) * correction.slope + correction.offset
     if weights is not None:
-        corrections *= tf.cast(weights, dtype)
+        corrections *= tf.cast(weights, corrections.dtype)
     return tf.cast((wide_dy - corrections) * scaling.scale, x.dtype)
+
+
+def _counted(dy: Any, x: Any, weights: Any | None, scaling: Scaling) -> tuple[Any, Any]:
+    """Both in the dtype of scaling, as before an activation, 0 where they do not count."""
+    dy, x = tf.cast(dy, scaling.gamma.dtype), tf.cast(x, scaling.gamma.dtype)
+    dy, x = before_activation(dy, x, scaling.negative_slope)
+    return where_counted(weights, dy), where_counted(weights, x)
 
 
 composed = Kernel(_moments, _apply, _sums, _gradient)

@@ -11,6 +11,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from syncbn._backends.tensorflow.inversion import before_activation
 from syncbn._backends.tensorflow.namespace import xp
 from syncbn._backends.tensorflow.scaling import (
     Correction,
@@ -126,67 +127,69 @@ def _moments_by_fold(x: Any, count: Any, dtype: Any) -> tuple[Any, Any]:
 
 
 def _apply(x: Any, scaling: Scaling) -> Any:
-    """`(x − mean) · gamma / √(variance + epsilon) + beta`, in x's dtype, by way of float32."""
+    """`(x − mean) · scale + offset`, in x's dtype, by way of float32."""
+    return _linear(x, scaling.mean, scaling.scale, scaling.offset)
+
+
+def _linear(x: Any, mean: Any, scale: Any, offset: Any) -> Any:
     return tf.raw_ops.FusedBatchNormV3(
         x=x,
-        scale=scaling.gamma,
-        offset=scaling.offset,
-        mean=scaling.mean,
-        variance=scaling.variance,
-        epsilon=scaling.epsilon,
+        scale=scale,
+        offset=offset,
+        mean=mean,
+        variance=tf.ones_like(mean),
+        epsilon=0,
         is_training=False,
     ).y
 
 
 def _sums(dy: Any, x: Any, weights: Any | None, scaling: Scaling) -> tuple[CotangentSums, Any]:
-    """The local sums, and `dy · gamma / √(variance + epsilon)`."""
-    dy, x = _counted(dy, weights), _counted(x, weights)
+    """The local sums, and `dy · scale`."""
+    dy, x = _counted(dy, x, weights, scaling)
     fold, channels = _fold_of(x), x.shape[3]
 
     def tiled(vector: Any) -> Any:
         return vector if x.shape[2] == 1 else tf.tile(vector, [fold])
 
+    mean = tiled(scaling.mean)
     gradients = tf.raw_ops.FusedBatchNormGradV3(
         y_backprop=_folded(dy),
         x=_folded(x),
-        scale=tiled(scaling.gamma),
-        reserve_space_1=tiled(scaling.mean),
-        reserve_space_2=tiled(scaling.variance),
+        scale=tiled(scaling.scale),
+        reserve_space_1=mean,
+        reserve_space_2=tf.ones_like(mean),  # a variance: the second sum is that of dy · (x − mean)
         reserve_space_3=tf.zeros(0),
-        epsilon=scaling.epsilon,
+        epsilon=0,
         is_training=False,
     )
     sums = (gradients.offset_backprop, gradients.scale_backprop)
     if x.shape[2] != 1:
         sums = tuple(tf.reduce_sum(_unfolded(one, channels), axis=0) for one in sums)
-    # The kernel's second sum is that of dy · (x − mean) · inverse.
-    sums = CotangentSums(sums[0], sums[1] / scaling.inverse)
-    return sums, tf.reshape(gradients.x_backprop, tf.shape(x))
+    return CotangentSums(*sums), tf.reshape(gradients.x_backprop, tf.shape(x))
 
 
 def _gradient(
-    dy: Any,  # noqa: ARG001
+    dy: Any,
     x: Any,
     weights: Any | None,
     scaling: Scaling,
     correction: Correction,
     scaled: Any,
 ) -> Any:
-    # −scale · ((x − mean) · slope + offset) has the form of a normalization of x.
-    terms = _apply(
-        _counted(x, weights),
-        scaling._replace(
-            gamma=-scaling.scale * correction.normalized, offset=-scaling.scale * correction.offset
-        ),
-    )
+    _, counted = _counted(dy, x, weights, scaling)
+    scale, offset = -scaling.scale * correction.slope, -scaling.scale * correction.offset
+    terms = _linear(counted, scaling.mean, scale, offset)
     if weights is not None:
         terms *= tf.cast(weights, terms.dtype)
     return tf.cast(scaled + terms, x.dtype)
 
 
-def _counted(x: Any, weights: Any | None) -> Any:
+def _counted(dy: Any, x: Any, weights: Any | None, scaling: Scaling) -> tuple[Any, Any]:
+    """Both in float32, as before an activation, 0 where they do not count."""
     # In half precision the three terms of dx would each be rounded, and their small sum lost.
-    return where_counted(weights, tf.cast(x, tf.float32))
+    dy, x = tf.cast(dy, tf.float32), tf.cast(x, tf.float32)
+    dy, x = before_activation(dy, x, scaling.negative_slope)
+    return where_counted(weights, dy), where_counted(weights, x)
 
 
 fused = Kernel(_moments, _apply, _sums, _gradient)

@@ -12,7 +12,7 @@ from syncbn.errors import UnsupportedFeatureError
 from syncbn.groups import Groups
 from syncbn.moments import Moments
 
-__all__ = ["exchange"]
+__all__ = ["exchange", "refuse_xla"]
 
 # What a replica tells the others, as a number: the sum of those that hold. Without quotes, here and
 # below, which an assertion in a graph would print with backslashes.
@@ -40,7 +40,7 @@ def exchange(
     if layer is None:
         exchanged = collectives.exchange(local, groups)
         return exchanged.own, exchanged.union
-    _refuse_xla(layer)
+    refuse_xla(layer, "nan_check=True", "while you look for the NaN")
     fault = _not_finite(local) + 2 * _not_finite(state.values())
     exchanged = collectives.exchange(local, groups, tf.cast(fault, collectives.moments_dtype()))
     faults = tf.cast(exchanged.faults, tf.int32)
@@ -77,12 +77,22 @@ def _report(faults: Any, layer: str) -> Any:
     )
 
 
-def _refuse_xla(layer: str) -> None:
+def refuse_xla(layer: str, argument: str, otherwise: str) -> None:
+    """Make sure that XLA does not compile what is traced now: assertions would go.
+
+    Args:
+        layer: its name.
+        argument: of the layer, that needs assertions.
+        otherwise: how the advice to compile without XLA goes on.
+
+    Raises:
+        UnsupportedFeatureError: it does.
+    """
     from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 
     if GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph()):
         raise UnsupportedFeatureError(
-            f"Layer {layer!r} with nan_check=True requires a graph that XLA does not compile: it "
+            f"Layer {layer!r} with {argument} requires a graph that XLA does not compile: it "
             "leaves assertions out. Received: a call inside jit_compile=True. Compile the model "
-            "with jit_compile=False while you look for the NaN."
+            f"with jit_compile=False {otherwise}."
         )

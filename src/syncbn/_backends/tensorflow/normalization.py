@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from syncbn._backends.interface import Activation, Batch, Scheme
-from syncbn._backends.tensorflow import collectives, health, virtual
+from syncbn._backends.tensorflow import collectives, health, inversion, virtual
 from syncbn._backends.tensorflow.composed import composed
 from syncbn._backends.tensorflow.kernels import kernel_for
 from syncbn._backends.tensorflow.scaling import Correction, Kernel, Scaling, statistics_dtype
@@ -41,7 +41,7 @@ def normalize(
     every other weight.
 
     One collective forward and one backward; none for one replica. The gradient keeps
-    the input, the weights, and vectors of the size of the channels.
+    the input, or the output in its place, the weights, and vectors of the size of the channels.
 
     Args:
         batch: this replica's part. Inputs in float64, float32, bfloat16 or float16, any rank, any
@@ -58,7 +58,8 @@ def normalize(
         NotSynchronizableError: the replicas cannot meet here.
         InputError: the groups are no partition of the replicas.
         LookupError: from TensorFlow, by forward-mode differentiation.
-        InvalidArgumentError: from TensorFlow, where NaN or infinity was looked for and found.
+        InvalidArgumentError: from TensorFlow, where NaN or infinity was looked for and found, or
+            the output is to be kept and cannot be inverted.
 
     References:
         Ioffe, Szegedy, "Batch Normalization", arXiv:1502.03167, 2015 (the gradient: section 3).
@@ -95,6 +96,10 @@ def _by_groups(
     gamma = tf.ones(channels, dtype) if gamma is None else tf.cast(gamma, dtype)
     beta = tf.zeros(channels, dtype) if beta is None else tf.cast(beta, dtype)
     part = _Part(kernel, view, moments, weights, scheme.epsilon, groups)
+    if scheme.kept_output is not None:
+        dtype = batch.inputs.dtype
+        gamma, beta, union = inversion.checked(scheme.kept_output, gamma, beta, dtype, union)
+        return _keeping_the_output(part, scheme, batch.inputs, gamma, beta), union
     if scheme.activation is None:
         return _normalized(part, batch.inputs, gamma, beta), union
     return _activated(part, scheme.activation, batch.inputs, gamma, beta), union
@@ -160,6 +165,40 @@ def _activated(part: _Part, activation: Activation, inputs: Any, gamma: Any, bet
     return activate(inputs, gamma, beta)
 
 
+def _keeping_the_output(part: _Part, scheme: Scheme, inputs: Any, gamma: Any, beta: Any) -> Any:
+    """The activation of the outputs, with a gradient that finds what it needs in the result."""
+    assert scheme.kept_output is not None
+    slope = scheme.kept_output.negative_slope
+
+    @tf.custom_gradient
+    def normalize(x: Any, gamma: Any, beta: Any) -> tuple[Any, Any]:
+        scaling = Scaling.of(part.moments, gamma, beta, part.epsilon)
+        view = part.view
+        outputs = view.to_tensor(part.kernel.apply(view.of_tensor(x), scaling))
+        if scheme.activation is not None:
+            outputs = scheme.activation(outputs)
+
+        def gradient(dy: Any) -> tuple[Any, ...]:
+            dy = tf.convert_to_tensor(dy)
+            # Nothing of the size of the outputs runs, and fills memory, before dy is there.
+            with tf.control_dependencies([dy]):
+                kept = view.of_tensor(tf.identity(outputs))
+            backward = inversion.of_output(scaling, beta, slope, outputs.dtype)
+
+            def of_part(dy: Any, kept: Any, mean: Any, gamma: Any) -> Any:  # noqa: ARG001
+                return _gradient_of_part(part, dy, kept, backward)
+
+            # By the mean it hangs on x, however the output does.
+            dx, of_beta, of_gamma = inversion.derivable_once(
+                of_part, view.of_tensor(dy), kept, scaling.mean, gamma
+            )
+            return view.to_tensor(dx), of_gamma, of_beta
+
+        return outputs, gradient
+
+    return normalize(inputs, gamma, beta)
+
+
 def _gradient(part: _Part, dy: Any, x: Any, scaling: Scaling) -> tuple[Any, Any, Any]:
     """The gradient for one replica, by the fast kernels, itself differentiable."""
 
@@ -172,7 +211,7 @@ def _gradient(part: _Part, dy: Any, x: Any, scaling: Scaling) -> tuple[Any, Any,
                 tape.watch((dy, x, gamma))
                 local = composed.moments(x, part.weights, collectives.moments_dtype())
                 again = collectives.exchange(local, part.groups).own
-                derivable = Scaling.of(again, gamma, gamma, scaling.epsilon)  # no beta in it
+                derivable = Scaling.of(again, gamma, gamma, part.epsilon)  # no beta in it
                 derived = part._replace(kernel=composed, moments=again)
                 results = _gradient_of_part(derived, dy, x, derivable)
             return tape.gradient(

@@ -22,12 +22,12 @@ class Scaling(NamedTuple):
 
     mean: Any  # shape (C,)
     mean_rest: Any  # shape (C,): the mean less `mean`, smaller than its rounding
-    variance: Any  # shape (C,), biased
     inverse: Any  # shape (C,): 1 / √(variance + epsilon)
     gamma: Any  # shape (C,)
     scale: Any  # shape (C,): gamma · inverse
     offset: Any  # shape (C,): beta, less what the mean lacks, scaled
-    epsilon: float
+    # Of the activation below 0, where the backward gets its result in place of x; 1 for none.
+    negative_slope: float = 1.0
 
     @classmethod
     def of(cls, moments: Moments, gamma: Any, beta: Any, epsilon: float) -> Scaling:
@@ -35,10 +35,9 @@ class Scaling(NamedTuple):
         mean = tf.cast(moments.mean, gamma.dtype)
         rest = moments.mean - tf.cast(mean, moments.mean.dtype)
         rest = tf.cast(rest, gamma.dtype)
-        variance = tf.cast(moments.variance(xp), gamma.dtype)
-        inverse = tf.math.rsqrt(variance + epsilon)
+        inverse = tf.math.rsqrt(tf.cast(moments.variance(xp), gamma.dtype) + epsilon)
         scale = gamma * inverse
-        return cls(mean, rest, variance, inverse, gamma, scale, beta - rest * scale, epsilon)
+        return cls(mean, rest, inverse, gamma, scale, beta - rest * scale)
 
 
 class CotangentSums(NamedTuple):
@@ -60,8 +59,7 @@ class CotangentSums(NamedTuple):
 class Correction(NamedTuple):
     """What is taken from dy: `dx = scale · (dy − w · ((x − mean) · slope + offset))`."""
 
-    normalized: Any  # shape (C,): Σ dy·x̂ / n
-    slope: Any  # shape (C,): the same for x − mean, times inverse
+    slope: Any  # shape (C,): Σ dy·x̂ / n, times inverse
     offset: Any  # shape (C,): Σ dy / n, less what the mean lacks
 
     @classmethod
@@ -70,7 +68,7 @@ class Correction(NamedTuple):
         divisor = tf.cast(as_divisor(count, xp), total.dtype)
         outputs, normalized = (sums / divisor for sums in tf.split(total, 2))
         slope = normalized * scaling.inverse
-        return cls(normalized, slope, outputs - slope * scaling.mean_rest)
+        return cls(slope, outputs - slope * scaling.mean_rest)
 
 
 class Kernel(NamedTuple):
