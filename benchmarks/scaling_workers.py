@@ -15,6 +15,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,9 @@ SIZES = tuple(8 << shift for shift in (0, 4, 6, 7, 9, 10, 11, 12, 14, 16, 17, 19
 # cheaper, and has a second ring where a chunk would exceed 4 MiB, which is past 8 MiB with 2
 # workers. Layers hand over from 264 bytes (16 channels) to 32 KiB. The rest is measured and shown.
 FITTED = range(256, (8 << 20) + 1)
+# Seconds after which a worker that nobody ended goes by itself.
+_GOODBYE = 30
+
 NOTHING = "nothing"
 # The other measurement of the same run, that the fit has to predict.
 LAYERS = 20
@@ -83,7 +87,10 @@ def work(rounds: int, sizes: Sequence[int], output: Path) -> None:
     for name, bytes_of in LAYER_CHAINS.items():
         steps[name] = chain_of(strategy, _layer_sizes(bytes_of))
     seconds = take_turns(steps, rounds)
-    if json.loads(os.environ["TF_CONFIG"])["task"]["index"] == 0:
+    if json.loads(os.environ["TF_CONFIG"])["task"]["index"] > 0:
+        # The chief may still be receiving from here: it ends first, and `measure` ends the others.
+        time.sleep(_GOODBYE)
+    else:
         output.write_text(json.dumps(seconds), encoding="utf-8")
     # TensorFlow's servers would wait for each other at the end.
     sys.stdout.flush()
@@ -106,9 +113,8 @@ def measure(
                 config = {"cluster": {"worker": addresses}, "task": task}
                 environment = {**os.environ, "TF_CONFIG": json.dumps(config)}
                 processes.append(subprocess.Popen(command, env=environment))
-            for process in processes:
-                if process.wait(timeout) != 0:
-                    raise RuntimeError(f"a worker ended with {process.returncode}")
+            if processes[0].wait(timeout) != 0:
+                raise RuntimeError(f"the chief ended with {processes[0].returncode}")
         finally:
             for process in processes:
                 process.kill()

@@ -12,6 +12,7 @@ from typing import Any
 import tensorflow as tf
 
 from syncbn._backends.tensorflow import xla
+from syncbn._backends.tensorflow.fused import fused
 from syncbn._backends.tensorflow.inversion import before_activation
 from syncbn._backends.tensorflow.namespace import xp
 from syncbn._backends.tensorflow.scaling import (
@@ -99,16 +100,6 @@ def _about_pivot(pivot: Any, count: Any, strips: Any, rest: Any, dtype: Any) -> 
     total, squares = _total(strips, rest, dtype)
     shift = total / as_divisor(count, xp)
     return tf.cast(pivot, dtype) + shift, tf.maximum(squares - total * shift, 0)
-
-
-def _apply(x: Any, scaling: Scaling) -> Any:
-    """`(x − mean) · scale + offset`, in x's dtype, by way of float32."""
-    y = xla.run(_scaled, _rows(x), scaling.mean, scaling.scale, scaling.offset)
-    return tf.reshape(y, tf.shape(x))
-
-
-def _scaled(x: Any, mean: Any, scale: Any, offset: Any) -> Any:
-    return tf.cast((tf.cast(x, tf.float32) - mean) * scale + offset, x.dtype)
 
 
 def _cotangent_sums(
@@ -217,4 +208,5 @@ def _rows(view: Any) -> Any:
     return tf.reshape(view, (-1, view.shape[3]))
 
 
-compiled = Kernel(_moments, _apply, _cotangent_sums, _gradient)
+# The fused kernel's normalization reads once and writes once too, and starts sooner.
+compiled = Kernel(_moments, fused.apply, _cotangent_sums, _gradient)
