@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -91,8 +92,13 @@ def _tensor(variable: Any) -> Any:
     return variable if callable(variable.value) else variable.value
 
 
+@functools.lru_cache(maxsize=1)
 def _different_parts(strategy: Any, shape: tuple[int, ...]) -> tuple[Any, Any]:
-    """Inputs and cotangents of every replica."""
+    """Inputs and cotangents of every replica, the same tensors for all variants of a shape.
+
+    With tensors of its own each variant would find them evicted from the caches by those of the
+    others, where training finds what the layer before has just written.
+    """
     import numpy as np
     import tensorflow as tf
 

@@ -55,10 +55,11 @@ def _moments(x: Any, weights: Any | None, dtype: Any) -> Moments:
 
 def _deviations_from_sample(x: Any, dtype: Any) -> tuple[Any, ...]:
     x = tf.cast(x, tf.float32)
-    # Of the rank that the slice does not know.
-    sample = tf.ensure_shape(x[:: tf.maximum(tf.shape(x)[0] // _SAMPLES, 1)], x.shape)
-    size = tf.maximum(tf.shape(sample)[0], 1)
-    size = tf.cast(size, tf.float32)
+    # An odd step: of images an even one may meet nothing but borders.
+    step = tf.bitwise.bitwise_or(tf.maximum(tf.shape(x)[0] // _SAMPLES, 1), 1)
+    # Of a rank that the slice does not know.
+    sample = tf.ensure_shape(x[::step], [None, x.shape[1]])
+    size = tf.cast(tf.maximum(tf.shape(sample)[0], 1), tf.float32)
     mean = tf.reduce_sum(sample, axis=0) / size
     variance = tf.reduce_sum(tf.math.squared_difference(sample, mean), axis=0) / size
     pivot = _with_few_digits(mean, tf.sqrt(variance))
@@ -74,7 +75,8 @@ def _with_few_digits(mean: Any, deviation: Any) -> Any:
     """
     exponent = tf.bitwise.bitwise_and(tf.bitcast(deviation, tf.int32), 0x7F800000)
     unit = tf.bitcast(exponent, tf.float32) / 16
-    return tf.where(unit > 0, tf.round(mean / unit) * unit, mean)
+    rounded = tf.round(mean / unit) * unit
+    return tf.where((unit > 0) & tf.math.is_finite(rounded), rounded, mean)
 
 
 def _weighted(x: Any, weights: Any) -> tuple[Any, Any]:

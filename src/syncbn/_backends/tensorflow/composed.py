@@ -1,4 +1,4 @@
-"""Passes by TensorFlow's elementary operations: float64, and gradients of gradients."""
+"""Passes by TensorFlow's elementary operations: float64, small inputs, gradients of gradients."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Passes by TensorFlow's own fused batch normalization: for GPUs, and shapes that vary.
+"""Passes by TensorFlow's own fused batch normalization: GPUs, eager execution, varying shapes.
 
 A view of the input is (rows, 1, fold, channels). The fold, 1 for small inputs, is how many running
 sums a channel's elements are spread over: one float32 sum of a million elements has lost four

@@ -20,35 +20,32 @@ __all__ = ["kernel_for"]
 # fused kernels cost 0.2 ms a call, whatever the size.
 _LARGE = 2**15
 
-# Examples to expect where their number is not known while the graph is made: of vectors, and of
-# anything with positions.
-_LIKELY_VECTORS = 128
-_LIKELY_EXAMPLES = 16
+# Elements of an example that is an image, of which batches have one size, and another at the end of
+# the data. Of smaller ones, as regions of 14 × 14 × 256, every batch may have another number.
+_IMAGE = 2**16
 
 
 def kernel_for(inputs: Any, axis: int) -> Kernel:
-    """The kernel for these inputs, by device kind and shape.
+    """The kernel for these inputs, by device kind, dtype and shape.
 
     On a CPU the compiled one reads each tensor once, where others read it twice or write outputs
     that nobody wants. On a GPU it is cuDNN's, which runs at the speed of memory; XLA's has not been
-    measured there. Compiling takes a fifth of a second for a new shape, so it is for shapes that
-    hardly vary.
+    measured there. Compiling takes a fifth of a second for each new shape on each device, so it is
+    for graphs, and for shapes that hardly vary. What depends on this is local to a replica: the
+    collectives are the same for every kernel.
     """
     if inputs.dtype == tf.float64:
         return composed  # TensorFlow has no fused kernel for it
-    elements = _likely_elements(inputs, axis)
-    if not xla.is_available() or elements is None:
+    first, *others = inputs.shape
+    if (
+        not xla.is_available()
+        or None in others
+        or (first is None and axis % (len(others) + 1) == 0)
+    ):
         return fused
-    return compiled if elements >= _LARGE else composed
-
-
-def _likely_elements(inputs: Any, axis: int) -> int | None:
-    """How many elements there are, or may be; None for a shape that varies.
-
-    Only the number of examples may be unknown: in training it is one number, and another at the
-    end of the data.
-    """
-    shape = list(inputs.shape)
-    if axis % len(shape) != 0 and shape[0] is None:
-        shape[0] = _LIKELY_VECTORS if len(shape) == 2 else _LIKELY_EXAMPLES
-    return None if None in shape else math.prod(shape)
+    if first is None:
+        large = math.prod(others) >= _IMAGE
+        return compiled if large else fused
+    if math.prod(inputs.shape) < _LARGE:
+        return composed
+    return fused if tf.executing_eagerly() else compiled

@@ -69,7 +69,7 @@ def channels_last(rank: int, axis: int) -> tuple[list[int], list[int]]:
 
 
 def _fold(sizes: list[Any], channels: int) -> Any:
-    """Over how many running sums to spread a channel: see `kernels`.
+    """Over how many running sums to spread a channel: see `fused`.
 
     They must divide the elements, which of sizes that are unknown only the sizes themselves do, and
     of a number of examples its power of two.
