@@ -9,14 +9,15 @@ READY := .venv/ready
 OUTPUT ?= demo-output
 BENCHMARKS ?= layer one_device kernels features training workers accuracy scaling peers memory resnet
 
-.PHONY: help demo test lint types format bench lock test-models test-scenarios test-survival \
-	test-frameworks test-versions clean
+.PHONY: help demo test lint types format bench lock test-benchmarks test-models test-scenarios \
+	test-survival test-frameworks test-versions clean
 
 help:
 	@echo "make demo           train on two replicas and compare with one device (2 minutes)"
 	@echo "make test           lint, types and the whole suite"
 	@echo "make format         rewrite the code in the house's format"
 	@echo "make bench          measure all against Keras's and write docs/speed.md (12 minutes)"
+	@echo "make test-benchmarks what the benchmarks measure (2 minutes)"
 	@echo "make test-models    branched models of keras.applications on two workers (4 minutes)"
 	@echo "make test-scenarios Keras's training on replicas and workers, the whole table (20 minutes)"
 	@echo "make test-survival  runs killed at random steps end with the same bits; a long soak"
@@ -65,6 +66,9 @@ bench: $(READY)
 			--output benchmarks/results/$$name.json || exit 1; \
 	done
 	$(BIN)/python benchmarks/page.py
+
+test-benchmarks: $(READY)
+	$(BIN)/python -m pytest -m benchmarks
 
 test-models: $(READY)
 	$(BIN)/python -m pytest -m models

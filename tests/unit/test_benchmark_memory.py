@@ -29,6 +29,7 @@ def memory(monkeypatch):
     return memory
 
 
+@pytest.mark.benchmarks
 @pytest.mark.parametrize("measure", ["resident", "allocator"])
 def test_the_peak_sees_an_allocation_of_200_megabytes_each_time(memory, measure):
     code = MEASURED.format(folder=BENCHMARKS, measure=measure)

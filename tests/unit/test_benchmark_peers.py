@@ -91,6 +91,7 @@ def test_a_player_that_ends_or_hangs_is_an_error_that_names_it(player):
         player(0, code="import time; time.sleep(60)", timeout=1)
 
 
+@pytest.mark.benchmarks
 def test_our_player_gives_batch_normalization_of_the_whole_batch(peers, monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS / "players")
     import serve

@@ -66,6 +66,7 @@ def test_conversion_keeps_names_weights_layers_and_inference(resnet, variant, ki
     np.testing.assert_allclose(copy(images), model(images), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.benchmarks
 def test_variants_that_synchronize_start_with_the_same_loss_and_the_local_one_does_not(resnet):
     strategy = resnet.mirrored_strategy(2)
     figures = resnet.measure(tiny(), strategy, rounds=2)
