@@ -10,6 +10,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
+from page_draw import table
+
 __all__ = ["section"]
 
 OURS = "syncbn"
@@ -84,7 +86,7 @@ def _resnet(document: Mapping[str, Any], images: Path) -> list[str]:
         f"{document['batch_per_replica']} a replica, {replicas} replicas, SGD, float32), its "
         f"{document['layers_converted']} normalizations converted; {rounds} rounds in one process.",
         "",
-        *_table(
+        *table(
             [
                 *("layers", "ms a step", "times as fast as Keras's synchronized layer"),
                 *("first step, s", "peak MB of the allocator"),
@@ -142,7 +144,7 @@ def _memory(document: Mapping[str, Any], images: Path) -> list[str]:
             for name, found in resident[stack].items()
         ]
         heads = ["variant", "resident, MB", "tensors", "times the fused kernel", "allocator, MB"]
-        lines += [f"{layers} × ({title}):", "", *_table(heads, rows)]
+        lines += [f"{layers} × ({title}):", "", *table(heads, rows)]
         lines += [_verdict_on_memory(stack, resident[stack]), ""]
     _save(_plot_of_memory(resident), images / "memory.png")
     return [*lines, "![peak memory](images/memory.png)", ""]
@@ -190,7 +192,7 @@ def _peers(document: Mapping[str, Any], images: Path) -> list[str]:
     for replicas in replica_counts:
         rows = [row for row in document["results"] if row["replicas"] == replicas]
         lines += [f"### {_title(replicas)}", ""]
-        lines += _table(
+        lines += table(
             ["shape", "variant", "ms", "times as fast ours is"],
             [cells for row in rows for cells in _cells_of(row)],
         )
@@ -257,7 +259,7 @@ def _on_accelerators(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         for row in rows
         if "error" in row
     ]
-    return ["### On a GPU", "", *_table(heads, cells), *failed, ""]
+    return ["### On a GPU", "", *table(heads, cells), *failed, ""]
 
 
 def _plot_of_peers(results: Sequence[Mapping[str, Any]], replica_counts: Sequence[int]) -> Figure:
@@ -347,13 +349,3 @@ def _plain(name: str) -> str:
 
 def _spread(found: Mapping[str, float], key: str) -> str:
     return f"{found[key]:.2f} ({found['lower_quartile']:.2f} to {found['upper_quartile']:.2f})"
-
-
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    line = "| {} |".format
-    return [
-        line(" | ".join(heads)),
-        line(" | ".join("---" for _ in heads)),
-        *(line(" | ".join(row)) for row in rows),
-        "",
-    ]

@@ -32,7 +32,8 @@ import cost_model
 import scaling_workers
 from cost_constants import CONSTANTS, IMAGES_PER_SECOND, REPLICA_BATCHES
 from machine import options, write
-from scaling_rounds import quartiles, take_turns
+from scaling_rounds import quartiles
+from syncbn.bench.timing import take_turns
 
 REPLICAS = (1, 2, 4, 8)
 CHANNELS = (16, 64, 256, 1024, 2048)

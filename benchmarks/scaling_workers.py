@@ -22,7 +22,8 @@ from typing import Any
 
 import cost_model
 from machine import options
-from scaling_rounds import quartiles, take_turns
+from scaling_rounds import quartiles
+from syncbn.bench.timing import take_turns
 from workers import free_ports
 
 __all__ = ["CHAIN", "FITTED", "LAYER_CHAINS", "SIZES", "measure", "summarize"]
