@@ -85,13 +85,15 @@ test-scenarios: $(READY)
 test-versions: $(READY)
 	$(BIN)/python tests/versions.py
 
+# Of torch a registry may have a build for CPUs alone (`+cpu`), which elsewhere has no such name.
 # TensorFlow's CPU build exists for x86-64 alone; elsewhere the ordinary one is as small.
 lock: $(READY)
 	$(BIN)/python -m pip install --quiet pip-tools
 	$(BIN)/pip-compile --quiet --upgrade --extra train --strip-extras --allow-unsafe \
 		--no-emit-index-url --no-emit-trusted-host --no-emit-find-links --no-annotate --no-header \
 		--output-file requirements.lock pyproject.toml requirements.in
-	awk '/^tensorflow-cpu==/ { \
+	awk '{ sub(/^torch==[^+]*\+cpu/, substr($$0, 1, index($$0, "+") - 1)) } \
+		/^tensorflow-cpu==/ { \
 			print $$0 " ; platform_machine in \"x86_64 AMD64\""; sub("-cpu", ""); \
 			print $$0 " ; platform_machine not in \"x86_64 AMD64\""; next } \
 		{ print }' requirements.lock > requirements.lock.new

@@ -1,9 +1,15 @@
-"""One TensorFlow for the whole run: eight virtual CPU devices, and the mutant that is asked for."""
+"""One of Keras's backends for the whole run: virtual devices, and the mutant that is asked for.
 
+By KERAS_BACKEND. `tests/contract` is every backend's, and the folder of its name is its own; all
+the rest is TensorFlow's, which is the default.
+"""
+
+import importlib
 import inspect
 import os
+from pathlib import Path
 
-os.environ["KERAS_BACKEND"] = "tensorflow"
+os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import hypothesis
@@ -19,12 +25,22 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("contract")
 
 
+BACKEND = os.environ["KERAS_BACKEND"]
+_FOLDERS = {"jax": ("contract", "jax"), "torch": ("contract", "torch")}
+_TENSORFLOW = ("cli", "contract", "meta", "multiprocess", "tensorflow", "unit")
+
+
+def pytest_ignore_collect(collection_path):
+    """Whether a folder of tests is not this backend's."""
+    folder = collection_path.relative_to(Path(__file__).parent).parts[:1]
+    return None if not folder or folder[0] in _FOLDERS.get(BACKEND, _TENSORFLOW) else True
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _devices():
-    from syncbn._backends.tensorflow.replicas import make_virtual_devices
     from tests import mutants
 
-    make_virtual_devices(8)
+    importlib.import_module(f"tests.replicas.{BACKEND}").start()
     mutants.apply(os.environ.get("SYNCBN_MUTANT", ""))
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import tensorflow as tf
-
-from tests.harness import per_replica, strategy_for
+from tests.replicas.tensorflow import per_replica, strategy_for
 
 
 def collectives_of(function, *arguments):

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import keras
+import ml_dtypes
 import numpy as np
-import tensorflow as tf
 
-import syncbn
-from syncbn._backends.tensorflow.replicas import mirrored_strategy, one_device_strategy
 from tests import oracle
 
 
@@ -100,7 +99,7 @@ def make_case(
     """Standard normal data around an offset, different on every replica, and random cotangents."""
     rng = np.random.default_rng(seed)
     channels = shapes[0][axis]
-    data_type = tf.as_dtype(dtype).as_numpy_dtype
+    data_type = dtype_of(dtype)
 
     def normal(shape: tuple[int, ...]) -> np.ndarray:
         return rng.normal(size=shape).astype(data_type)
@@ -114,139 +113,23 @@ def make_case(
     )
 
 
-def strategy_for(replicas: int) -> Any:
-    return one_device_strategy() if replicas == 1 else mirrored_strategy(replicas)
+def dtype_of(name: str) -> Any:
+    """NumPy's dtype of that name; NumPy itself has no bfloat16."""
+    return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
 
 
-def per_replica(strategy: Any, arrays: list[Any]) -> Any:
-    """A value that is another tensor on every replica."""
-    return strategy.experimental_distribute_values_from_function(
-        lambda context: tf.constant(arrays[context.replica_id_in_sync_group])
-    )
-
-
-def local_results(strategy: Any, value: Any) -> list[np.ndarray]:
-    return [part.numpy() for part in strategy.experimental_local_results(value)]
-
-
-def make_layer(case: Case, strategy: Any, dtype: str = "float32", **arguments: Any) -> Any:
-    """A layer in the strategy's scope, built for any size and holding the case's weights."""
-    layer_class = arguments.pop("layer_class", syncbn.SyncBatchNormalization)
-    with strategy.scope():
-        layer = layer_class(
-            axis=case.axis,
-            epsilon=case.epsilon,
-            momentum=case.momentum,
-            gamma_initializer=keras.initializers.Constant(1.0),
-            dtype=dtype,
-            **(dict(case.options) | arguments),
-        )
-        shape: list[int | None] = [None] * case.parts[0].ndim
-        shape[case.axis] = len(case.gamma)
-        layer.build(tuple(shape))
-        if layer.scale:
-            layer.gamma.assign(case.gamma)
-        if layer.center:
-            layer.beta.assign(case.beta)
-    return layer
-
-
-def make_step(layer: Any, training: bool = True) -> Any:
-    """A function for strategy.run: outputs, and the gradients of x, gamma and beta by dy."""
-
-    def step(x: Any, dy: Any, **call_arguments: Any) -> Any:
-        # Before Keras 3.5 the attribute is missing without the weight.
-        weights = [getattr(layer, name, None) for name in ("gamma", "beta")]
-        weights = [w.value for w in weights if w is not None]
-        with tf.GradientTape() as tape:
-            tape.watch(x)
-            y = layer(x, training=training, **call_arguments)
-        dx, *of_weights = tape.gradient(y, [x, *weights], output_gradients=tf.cast(dy, y.dtype))
-        return y, dx, of_weights
-
-    return step
-
-
-class Prepared(NamedTuple):
-    strategy: Any
-    layer: Any
-    run: Any  # a function of the values, by name
-    values: dict[str, Any]  # one tensor a replica each
-
-
-def prepare(
-    case: Case,
-    *,
-    strategy: Any = None,
-    dtype: str | None = None,
-    mode: str = "graph",
-    unknown_sizes: bool = True,
-    **arguments: Any,
-) -> Prepared:
-    """A training step of the layer on as many replicas as the case has parts.
+def observe(case: Case, *, mode: str = "graph", **arguments: Any) -> Observed:
+    """What the replicas see in one training step, on the backend that Keras runs on.
 
     Args:
-        case: data and weights.
-        strategy: where; that of this process for so many replicas by default.
-        dtype: the layer's policy; the data's own by default.
-        mode: "graph", or "eager" without any tf.function.
-        unknown_sizes: trace for any size of every axis but the channels'.
-        **arguments: of the layer.
+        case: data and weights; as many replicas as it has parts.
+        mode: "graph" or "eager": compiled as a step is by the framework, or not.
+        **arguments: `dtype`, the layer's policy, by default the data's own; further ones of the
+            layer, or of the backend's own `observe`.
     """
-    strategy = strategy or strategy_for(len(case.parts))
-    layer = make_layer(case, strategy, dtype or case.parts[0].dtype.name, **arguments)
-    step = make_step(layer)
-    values = {"x": case.parts, "dy": case.cotangents, "mask": case.masks, "weights": case.weights}
-    values = {name: per_replica(strategy, v) for name, v in values.items() if v is not None}
-
-    def run(**values: Any) -> Any:
-        return strategy.run(step, kwargs=values)
-
-    if mode == "graph":
-        run = tf.function(run, autograph=False)
-        if unknown_sizes and len(case.parts) > 1:
-            axis = case.axis % case.parts[0].ndim
-            run = run.get_concrete_function(
-                **{n: any_size(v, axis if n in ("x", "dy") else None) for n, v in values.items()}
-            )
-    return Prepared(strategy, layer, run, values)
-
-
-def observe(case: Case, **arguments: Any) -> Observed:
-    """What the replicas of this process see in the step that `prepare` describes."""
-    return take(prepare(case, **arguments))
-
-
-def take(prepared: Prepared) -> Observed:
-    """Take the step."""
-    strategy, layer, run, values = prepared
-    y, dx, of_weights = run(**values)
-    gradients = [local_results(strategy, gradient) for gradient in of_weights]
-    channels = layer.moving_mean.shape[0]
-    if not layer.center:
-        gradients.append([np.zeros(channels)])
-    if not layer.scale:
-        gradients.insert(0, [np.zeros(channels)])
-    return Observed(
-        local_results(strategy, y),
-        local_results(strategy, dx),
-        *gradients,
-        local_results(strategy, layer.moving_mean.value),
-        local_results(strategy, layer.moving_variance.value),
-    )
-
-
-def any_size(value: Any, axis: int | None) -> Any:
-    """The spec of a per-replica value with only its rank and its channels' axis known."""
-    from tensorflow.python.distribute.values import PerReplicaSpec
-
-    def spec(tensor: Any) -> Any:
-        shape: list[int | None] = [None] * tensor.shape.rank
-        if axis is not None:
-            shape[axis] = tensor.shape[axis]
-        return tf.TensorSpec(shape, tensor.dtype)
-
-    return PerReplicaSpec(*(spec(tensor) for tensor in value.values))
+    backend = importlib.import_module(f"tests.replicas.{keras.backend.backend()}")
+    observed: Observed = backend.observe(case, mode=mode, **arguments)
+    return observed
 
 
 def assert_close(name: str, observed: Any, expected: Any, tolerance: float) -> None:

@@ -37,7 +37,7 @@ def run_pair(tensorflow: str, keras: str, folder: Path) -> bool:
         (sys.executable, "-m", "venv", str(folder)),
         (*pip, *pins, *TOOLS),
         (*pip, "--no-build-isolation", "--no-deps", "--editable", str(ROOT)),
-        (str(python), "-m", "pytest", *PYTEST, "tests/contract", "tests/unit"),
+        (str(python), "-m", "pytest", *PYTEST, "tests/contract", "tests/tensorflow", "tests/unit"),
     ):
         code = subprocess.run(command, cwd=ROOT, check=False, timeout=1800).returncode
         if code != 0:

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import inspect
 import numbers
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
 
+from syncbn import _backends
 from syncbn.errors import InputError
 from syncbn.groups import is_positive_integer
 
 __all__ = [
     "activation_function",
+    "checked_axis_name",
     "checked_renorm_momentum",
     "checked_save",
     "checked_virtual_batch_size",
     "negative_slope",
     "refuse_synchronized",
+    "saved_process_group",
 ]
 
 
@@ -48,6 +51,27 @@ def checked_virtual_batch_size(size: Any, **others: Any) -> int | None:
             f"that it is alone. Received: virtual_batch_size={size} with {given!r}. Remove one."
         )
     return int(size)
+
+
+def checked_axis_name(name: Any) -> str | tuple[str, ...] | None:
+    """The name or names of JAX's mapped axes, if they are names, each once."""
+    if name is None or (isinstance(name, str) and name):
+        return name
+    names = tuple(name) if isinstance(name, Sequence) and not isinstance(name, str) else ()
+    if not names or not all(isinstance(n, str) and n for n in names) or len({*names}) < len(names):
+        raise InputError(
+            "axis_name requires the name of a mapped axis, or several names, each once. "
+            f"Received: axis_name={name!r}. Give the name that shard_map, pmap or vmap maps."
+        )
+    return names
+
+
+def saved_process_group(group: Any) -> list[int]:
+    """The ranks of a process group, all of it that a file can hold; of such a list itself."""
+    if isinstance(group, Sequence):
+        return list(group)
+    ranks: list[int] = _backends.get("torch").ranks_of(group)
+    return ranks
 
 
 def activation_function(activation: Any) -> Any:

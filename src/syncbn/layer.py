@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,16 +20,18 @@ from syncbn._keras import (
 )
 from syncbn.arguments import (
     activation_function,
+    checked_axis_name,
     checked_renorm_momentum,
     checked_save,
     checked_virtual_batch_size,
     negative_slope,
     refuse_synchronized,
+    saved_process_group,
 )
 from syncbn.groups import Grouping
-from syncbn.moments import Moments
 from syncbn.moving import add_renorm_weights, move_statistics
-from syncbn.renorm import Clipping, corrections
+from syncbn.renorm import Clipping
+from syncbn.variables import affine_of, state_of
 from syncbn.weighting import check_values, element_weights
 
 __all__ = ["SyncBatchNormalization"]
@@ -114,6 +117,10 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
             "output" is a tensor more. x̂ is off by about (1 + |beta / gamma|) roundings of the
             output; where half of its digits would go, and at gamma = 0, training stops with an
             error. Not with virtual batches, XLA, gradients of gradients. In a `tf.function`.
+        axis_name: on JAX, the name or names of the mapped axes to synchronize over, of `shard_map`,
+            `pmap` or `vmap(axis_name=…)`. By default found where JAX says; of no effect elsewhere.
+        process_group: on torch, the `torch.distributed` group whose processes are the replicas; by
+            default all. Saved as ranks, and then to be set anew. Of no effect elsewhere.
         **kwargs: of `keras.layers.Layer`: `name`, `dtype`, `trainable`, `autocast`.
 
     Raises:
@@ -166,6 +173,8 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
         activation: Any = None,
         nan_check: bool = False,
         save: str = "input",
+        axis_name: str | Sequence[str] | None = None,
+        process_group: Any = None,
         **kwargs: Any,
     ) -> None:
         refuse_synchronized(kwargs)
@@ -192,13 +201,16 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
         # class, whose constructor refuses it on other backends and serializes it.
         self.synchronized = True
         self._casts_inputs = casts_inputs
-        self.momentum = None if momentum is None else float(momentum)
+        self._set_moving(momentum, unbiased_moving_variance)
         self._set_renorm(renorm, renorm_clipping, renorm_momentum)
         self._set_groups(group_size, group_assignment, virtual_batch_size)
-        self.unbiased_moving_variance = unbiased_moving_variance
-        self.activation = activation_function(activation)
-        self.nan_check = nan_check
-        self._set_save(save)
+        self.axis_name = checked_axis_name(axis_name)
+        self.process_group = process_group
+        self._set_kernel(activation, nan_check, save)
+
+    def _set_moving(self, momentum: float | None, unbiased: bool) -> None:
+        self.momentum = None if momentum is None else float(momentum)
+        self.unbiased_moving_variance = unbiased
 
     def _set_renorm(
         self, renorm: bool, clipping: Mapping[str, float] | None, momentum: float
@@ -219,7 +231,9 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
         self.group_size = self._grouping.size
         self.group_assignment = assignment and [list(group) for group in assignment]
 
-    def _set_save(self, save: str) -> None:
+    def _set_kernel(self, activation: Any, nan_check: bool, save: str) -> None:
+        self.activation = activation_function(activation)
+        self.nan_check = nan_check
         grouped_renorm = self.renorm and self._grouping != Grouping()
         self.save = checked_save(save, self.activation, self.virtual_batch_size, grouped_renorm)
         # XLA leaves assertions out. So `compile(jit_compile="auto")` does not choose it.
@@ -307,19 +321,25 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
                 check_values(known, self.name)
         if not keras.backend.is_float_dtype(inputs.dtype):
             inputs = ops.cast(inputs, keras.backend.result_type(inputs.dtype, "float32"))
-        scheme = Scheme(
+        with without_autocast():
+            batch = Batch(inputs, self.axis, counts, state_of(self))
+            outputs, union = backend.normalize(
+                batch, self._scheme(), functools.partial(affine_of, self)
+            )
+            move_statistics(self, union)
+        return ops.cast(outputs, self.compute_dtype)
+
+    def _scheme(self) -> Scheme:
+        return Scheme(
             self.epsilon,
             self._grouping,
             self.virtual_batch_size,
             self.activation,
             self.name if self.nan_check else None,
             self._kept_output(),
+            self.axis_name,
+            self.process_group,
         )
-        with without_autocast():
-            batch = Batch(inputs, self.axis, counts, self._state())
-            outputs, union = backend.normalize(batch, scheme, self._affine)
-            move_statistics(self, union)
-        return ops.cast(outputs, self.compute_dtype)
 
     def _kept_output(self) -> KeptOutput | None:
         if self.save == "input":
@@ -333,33 +353,6 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
             inputs = ops.cast(inputs, self.compute_dtype)
         return inputs
 
-    def _state(self) -> dict[str, Any]:
-        """The framework's variables of the size of the channels, by name."""
-        names = ["moving_mean", "moving_variance", "gamma", "beta"]
-        if self.renorm:
-            names += ["moving_stddev", "renorm_mean", "renorm_stddev"]
-        # Without gamma or beta the attribute is None, before Keras 3.5 missing.
-        variables = {name: getattr(self, name, None) for name in names}
-        return {
-            name: variable.value for name, variable in variables.items() if variable is not None
-        }
-
-    def _affine(self, moments: Moments) -> tuple[Any | None, Any | None]:
-        """`(gamma, beta)` for a batch of these moments; with renorm corrected towards the past."""
-        # Before Keras 3.5 the attribute is missing without the weight.
-        gamma = self.gamma if self.scale else None
-        beta = self.beta if self.center else None
-        if not self.renorm:
-            return gamma, beta
-        dtype = moments.mean.dtype
-        mean, deviation = (ops.cast(w, dtype) for w in (self.renorm_mean, self.renorm_stddev))
-        limited = corrections(moments, mean, deviation, self.epsilon, self._clipping, ops)
-        r, d = map(ops.stop_gradient, limited)
-        if gamma is not None:
-            gamma = ops.cast(gamma, dtype)
-            r, d = r * gamma, d * gamma
-        return r, d if beta is None else d + ops.cast(beta, dtype)
-
     def get_config(self) -> dict[str, Any]:
         """The constructor's arguments, as Keras serializes them."""
         config: dict[str, Any] = super().get_config()
@@ -367,6 +360,8 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
         config |= {name: getattr(self, name) for name in _PLAIN_ARGUMENTS}
         if self.activation is not None:
             config["activation"] = keras.activations.serialize(self.activation)
+        if self.process_group is not None:
+            config["process_group"] = saved_process_group(self.process_group)
         return config
 
     @classmethod
@@ -390,4 +385,5 @@ _PLAIN_ARGUMENTS = (
     "activation",
     "nan_check",
     "save",
+    "axis_name",
 )

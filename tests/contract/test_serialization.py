@@ -43,6 +43,8 @@ OWN = {
     "activation": "elu",
     "nan_check": True,
     "save": "output",
+    "axis_name": "data",
+    "process_group": [0, 1],
 }
 
 

@@ -20,7 +20,7 @@ from syncbn.errors import NotSynchronizableError
 
 __all__ = ["get"]
 
-_BACKENDS = {"tensorflow": "syncbn._backends.tensorflow"}
+_BACKENDS = {name: f"syncbn._backends.{name}" for name in ("jax", "tensorflow", "torch")}
 
 
 def get(keras_backend: str) -> ModuleType:
@@ -33,6 +33,6 @@ def get(keras_backend: str) -> ModuleType:
         raise NotSynchronizableError(
             "Synchronized training requires Keras on one of the backends "
             f"{sorted(_BACKENDS)}. Received: keras.backend.backend()={keras_backend!r}. "
-            "Set the environment variable KERAS_BACKEND=tensorflow before Keras is imported."
+            "Set the environment variable KERAS_BACKEND to one of them before Keras is imported."
         )
     return importlib.import_module(_BACKENDS[keras_backend])

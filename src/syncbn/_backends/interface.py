@@ -39,3 +39,5 @@ class Scheme(NamedTuple):
     activation: Activation | None = None  # applied to the outputs; keeps their shape
     checked_layer: str | None = None  # its name, where NaN is to be looked for
     kept_output: KeptOutput | None = None  # None for a backward that keeps the input
+    axis_name: str | tuple[str, ...] | None = None  # JAX: of the mapped axes to sum over
+    process_group: Any = None  # torch: of torch.distributed; None for the default one

@@ -11,10 +11,10 @@ os.environ["KERAS_BACKEND"] = "tensorflow"
 
 import keras
 import numpy as np
-import tensorflow as tf
 
 import syncbn
-from tests.harness import per_replica
+import tensorflow as tf
+from tests.replicas.tensorflow import per_replica
 
 # By name: the smallest input it takes, and how many batch normalizations it has.
 APPLICATIONS = {"InceptionV3": (75, 94), "EfficientNetB0": (32, 49), "DenseNet121": (32, 121)}

@@ -10,10 +10,11 @@ from pathlib import Path
 os.environ["KERAS_BACKEND"] = "tensorflow"
 
 import numpy as np
-import tensorflow as tf
 
-from tests.harness import make_case, prepare, take
+import tensorflow as tf
+from tests.harness import make_case
 from tests.multiprocess.workers.cases import CASES
+from tests.replicas.tensorflow import prepare, take
 
 
 def message_of_a_nan_on_the_second_worker(strategy: tf.distribute.Strategy) -> str:

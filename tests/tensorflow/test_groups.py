@@ -2,22 +2,19 @@
 
 import numpy as np
 import pytest
-import tensorflow as tf
 from tests.derivatives import input_gradient_along
 from tests.graphs import traced
-from tests.harness import (
-    assert_close,
-    assert_equals_one_device,
+from tests.harness import assert_close, assert_equals_one_device, make_case, observe
+from tests.replicas.tensorflow import (
     local_results,
-    make_case,
     make_layer,
     make_step,
-    observe,
     per_replica,
     strategy_for,
 )
 
 import syncbn
+import tensorflow as tf
 from syncbn._backends.tensorflow import collectives
 from syncbn.groups import Grouping
 

@@ -2,19 +2,19 @@
 
 import numpy as np
 import pytest
-import tensorflow as tf
 from tests import oracle
 from tests.derivatives import central_differences
 from tests.graphs import kept_for_the_backward
-from tests.harness import (
-    assert_close,
+from tests.harness import assert_close, make_case
+from tests.replicas.tensorflow import (
     local_results,
-    make_case,
     make_layer,
     make_step,
     per_replica,
     strategy_for,
 )
+
+import tensorflow as tf
 
 
 @pytest.mark.parametrize("shape", [(8, 6, 6, 5), (8, 5), (4, 6, 5), (2, 3, 4, 4, 5)])

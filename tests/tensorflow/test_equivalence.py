@@ -3,23 +3,19 @@
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.harness import (
-    any_size,
     assert_close,
     assert_equals_one_device,
     assert_statistics,
-    local_results,
     make_case,
-    make_layer,
     observe,
-    per_replica,
-    strategy_for,
 )
+from tests.replicas.tensorflow import any_size, local_results, make_layer, per_replica, strategy_for
 
 import syncbn
+import tensorflow as tf
 
 TOLERANCE = {"float64": 1e-11, "float32": 2e-6}
 

@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from tests.harness import strategy_for
+from tests.replicas.tensorflow import strategy_for
 
 import syncbn
 from syncbn._backends.tensorflow.loop import ClassifierLoop

@@ -3,19 +3,16 @@
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
 from tests.harness import (
     assert_close,
     assert_equals_one_device,
     assert_statistics,
     make_case,
-    make_layer,
     observe,
-    prepare,
-    strategy_for,
-    take,
 )
+from tests.replicas.tensorflow import make_layer, prepare, strategy_for, take
 
+import tensorflow as tf
 from syncbn._backends.tensorflow import collectives
 
 

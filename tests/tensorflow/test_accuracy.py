@@ -5,18 +5,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tensorflow as tf
 from tests.harness import (
     assert_close,
     assert_equals_one_device,
     expected_statistics,
     make_case,
-    make_layer,
     observe,
-    prepare,
-    strategy_for,
-    take,
 )
+from tests.replicas.tensorflow import make_layer, prepare, strategy_for, take
+
+import tensorflow as tf
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "accuracy.md").read_text()

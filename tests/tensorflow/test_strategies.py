@@ -3,20 +3,17 @@
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
-from tests.harness import (
-    assert_close,
-    assert_equals_one_device,
+from tests.harness import assert_close, assert_equals_one_device, make_case, observe
+from tests.replicas.tensorflow import (
     local_results,
-    make_case,
     make_layer,
     make_step,
-    observe,
     per_replica,
     strategy_for,
 )
 
 import syncbn
+import tensorflow as tf
 
 
 @pytest.mark.parametrize("replicas", range(1, 9))
