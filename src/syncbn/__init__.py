@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from syncbn.layer import SyncBatchNormalization
     from syncbn.multi_worker import enable_multi_worker
     from syncbn.multi_worker.moving_statistics import average_moving_statistics
+    from syncbn.ragged import distribute_dataset
 
 __version__ = "0.1.0"
 
@@ -34,6 +35,7 @@ _MODULE_OF = {
     "UnsupportedFeatureError": "syncbn.errors",
     "WorkerError": "syncbn.errors",
     "average_moving_statistics": "syncbn.multi_worker.moving_statistics",
+    "distribute_dataset": "syncbn.ragged",
     "enable_multi_worker": "syncbn.multi_worker",
 }
 
@@ -46,6 +48,7 @@ __all__ = [
     "UnsupportedFeatureError",
     "WorkerError",
     "average_moving_statistics",
+    "distribute_dataset",
     "enable_multi_worker",
 ]
 

@@ -9,9 +9,12 @@ from typing import Any
 import keras
 import numpy as np
 
+from syncbn.errors import UnsupportedFeatureError
+
 __all__ = [
     "aggregates_assignments",
     "casts_arrays_unasked",
+    "data_adapter",
     "excludes_from_autocast",
     "in_symbolic_scope",
     "without_autocast",
@@ -36,6 +39,22 @@ def casts_arrays_unasked() -> bool:
         np.zeros((), "float32"), autocast=False, dtype="float16"
     )
     return bool(keras.backend.standardize_dtype(converted.dtype) == "float16")
+
+
+def data_adapter(**data: Any) -> Any:
+    """What Keras's trainers take the batches of arrays, data sets and generators from.
+
+    Raises:
+        UnsupportedFeatureError: this Keras takes no adapter but those that it makes itself.
+    """
+    from keras.src.trainers import data_adapters
+
+    if not hasattr(data_adapters, "get_data_adapter"):
+        raise UnsupportedFeatureError(
+            "Distributed data sets require a Keras whose fit takes a data adapter. Received: "
+            f"Keras {keras.__version__}. Install Keras 3.8 or later."
+        )
+    return data_adapters.get_data_adapter(**data)
 
 
 def excludes_from_autocast() -> bool:
