@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 import keras
 import numpy as np
+import tensorflow as tf
 
 import syncbn
-import tensorflow as tf
 from syncbn._backends.tensorflow.replicas import (
     make_virtual_devices,
     mirrored_strategy,

@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from tests.derivatives import central_differences, input_gradient_along
 from tests.graphs import kept_for_the_backward, traced
 from tests.harness import assert_close, assert_equals_one_device, make_case, observe
@@ -10,7 +11,6 @@ from tests.oracle import ACTIVATIONS
 from tests.replicas.tensorflow import make_layer, make_step, strategy_for
 
 import syncbn
-import tensorflow as tf
 
 NAMES = [name for name in ACTIVATIONS if name not in (None, "linear")]
 

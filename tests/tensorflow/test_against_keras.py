@@ -6,10 +6,10 @@ import itertools
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from tests.harness import assert_close, make_case
 
 import syncbn
-import tensorflow as tf
 
 STEPS = 3
 KERAS_HAS_RENORM = hasattr(keras.layers.BatchNormalization(), "renorm")

@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.harness import (
@@ -15,7 +16,6 @@ from tests.harness import (
 from tests.replicas.tensorflow import any_size, local_results, make_layer, per_replica, strategy_for
 
 import syncbn
-import tensorflow as tf
 
 TOLERANCE = {"float64": 1e-11, "float32": 2e-6}
 

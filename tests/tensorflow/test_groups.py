@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import tensorflow as tf
 from tests.derivatives import input_gradient_along
 from tests.graphs import traced
 from tests.harness import assert_close, assert_equals_one_device, make_case, observe
@@ -14,7 +15,6 @@ from tests.replicas.tensorflow import (
 )
 
 import syncbn
-import tensorflow as tf
 from syncbn._backends.tensorflow import collectives
 from syncbn.groups import Grouping
 

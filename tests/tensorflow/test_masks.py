@@ -3,12 +3,12 @@
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from tests.derivatives import central_differences, input_gradient_along
 from tests.harness import assert_close, assert_equals_one_device, make_case, observe
 from tests.replicas.tensorflow import local_results, make_layer, per_replica, strategy_for
 
 import syncbn
-import tensorflow as tf
 from syncbn._backends.tensorflow import collectives
 
 

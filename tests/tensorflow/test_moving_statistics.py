@@ -3,12 +3,12 @@
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from tests import oracle
 from tests.harness import assert_close, make_case
 from tests.replicas.tensorflow import local_results, make_layer, per_replica, strategy_for
 
 import syncbn
-import tensorflow as tf
 
 
 def batches(sizes, steps, seed=0):

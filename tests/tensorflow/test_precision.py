@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from tests.harness import (
     assert_close,
     assert_equals_one_device,
@@ -12,7 +13,6 @@ from tests.harness import (
 )
 from tests.replicas.tensorflow import make_layer, prepare, strategy_for, take
 
-import tensorflow as tf
 from syncbn._backends.tensorflow import collectives
 
 

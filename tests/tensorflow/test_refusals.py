@@ -3,11 +3,11 @@
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from tests.harness import make_case
 from tests.replicas.tensorflow import make_layer, per_replica, strategy_for
 
 import syncbn
-import tensorflow as tf
 
 
 def a_tf_cond(layer, x):

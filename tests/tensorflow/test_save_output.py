@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from tests.derivatives import input_gradient_along
 from tests.graphs import collectives_of, memory_kept_for_the_backward
 from tests.harness import assert_close, assert_equals_one_device, make_case, observe
@@ -16,7 +17,6 @@ from tests.replicas.tensorflow import (
 )
 
 import syncbn
-import tensorflow as tf
 from syncbn._backends.tensorflow import inversion, normalization
 
 Stopped = tf.errors.InvalidArgumentError
