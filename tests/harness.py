@@ -29,6 +29,19 @@ RANKS_AND_AXES = [
 ]
 
 
+# Replicas, and what they are grouped by.
+PARTITIONS = [
+    (4, {"group_size": 1}),
+    (4, {"group_size": 2}),
+    (4, {"group_size": 4}),
+    (6, {"group_size": 3}),
+    (3, {"group_assignment": [[2], [1, 0]]}),
+    (4, {"group_assignment": [[3, 0], [1, 2]]}),
+    (4, {"group_assignment": ((0,), (1,), (2, 3))}),
+    (2, {"group_assignment": [[1], [0]]}),
+]
+
+
 class Observed(NamedTuple):
     outputs: list[np.ndarray]  # one a replica, as all of these
     input_gradients: list[np.ndarray]
@@ -150,6 +163,11 @@ def shapes_around(axis: int, channels: int) -> list[tuple[int, ...]]:
     return [(9, *shape), (7, *shape)]
 
 
+def grouped_case(replicas: int, **options: Any) -> Case:
+    """Replicas with more and more examples each."""
+    return make_case([(5 + 3 * r, 6, 4) for r in range(replicas)])._replace(options=options)
+
+
 def dtype_of(name: str) -> Any:
     """NumPy's dtype of that name; NumPy itself has no bfloat16."""
     return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
@@ -171,6 +189,9 @@ def observe(case: Case, *, mode: str = "graph", **arguments: Any) -> Observed:
     observed: Observed = backend.observe(case, mode=mode, **arguments)
     return observed
 
+
+# Backends that have no float64 unless the whole process is told to compute in it.
+MERGES_IN_FLOAT32 = ("jax",)
 
 # What needs an error raised by values that only the step itself knows.
 _STOPS_BY_VALUES = ("nan_check", "save")
@@ -198,6 +219,21 @@ def assert_step_equals_one_device(case: Case, tolerance: float, mode: str = "gra
 def numbers(tensor: Any) -> np.ndarray:
     """The values of a tensor or variable of any framework."""
     return np.asarray(keras.ops.convert_to_numpy(tensor))
+
+
+def assert_variance_at_a_large_mean(offset: float, tolerance: float) -> None:
+    # Means differ between the replicas too, so that the merge has something to merge.
+    case = make_case([(512, 4), (300, 4)], offset=offset)
+    case = case._replace(parts=[part + r for r, part in enumerate(case.parts)], momentum=0.0)
+    variance = observe(case).moving_variances[0]
+    assert np.abs(variance / case.expected().variance - 1).max() <= tolerance
+
+
+def whole_numbers_at_a_large_mean() -> Case:
+    """Integers and halves are exact in float32 here, so all of an error is the layer's own."""
+    rng = np.random.default_rng(0)
+    parts = [(rng.integers(-6, 7, (size, 3)) / 2 + 4096).astype("f4") for size in (40, 24)]
+    return make_case([(40, 3), (24, 3)])._replace(parts=parts)
 
 
 def assert_close(name: str, observed: Any, expected: Any, tolerance: float) -> None:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from tests import oracle
-from tests.derivatives import central_differences
+from tests.differences import central_differences
 from tests.graphs import kept_for_the_backward
 from tests.harness import assert_close, make_case
 from tests.replicas.tensorflow import (

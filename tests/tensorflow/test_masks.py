@@ -4,7 +4,8 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from tests.derivatives import central_differences, input_gradient_along
+from tests.derivatives import input_gradient_along
+from tests.differences import central_differences
 from tests.harness import (
     assert_close,
     assert_equals_one_device,

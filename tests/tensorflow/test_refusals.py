@@ -77,12 +77,6 @@ def test_central_storage_strategy_is_refused():
     assert "Train under one of those" in str(raised.value)
 
 
-@pytest.mark.parametrize("value", [True, False])
-def test_synchronized_is_not_an_argument(value):
-    with pytest.raises(TypeError, match="this layer always synchronizes"):
-        syncbn.SyncBatchNormalization(synchronized=value)
-
-
 def test_other_backends_are_refused_in_training(monkeypatch):
     layer = syncbn.SyncBatchNormalization()
     layer.build((None, 4))

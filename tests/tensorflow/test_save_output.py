@@ -245,23 +245,6 @@ def test_xla_which_would_leave_the_check_out_is_refused():
         compiled(tf.ones((6, 6, 5)))
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"save": "both"}, 'save requires "input" or "output".*Received: save=\'both\''),
-        ({"activation": "relu"}, "requires an activation whose result gives back.*'relu'"),
-        ({"activation": "elu"}, "Take leaky_relu, or"),
-        ({"activation": "gelu"}, "as a layer of its own"),
-        ({"activation": "sigmoid"}, "'sigmoid'"),
-        ({"virtual_batch_size": 2}, "virtual_batch_size=2. Remove one"),
-        ({"renorm": True, "group_size": 2}, "renorm=True with groups"),
-    ],
-)
-def test_what_cannot_be_inverted_is_refused(arguments, message):
-    with pytest.raises(syncbn.InputError, match=message):
-        syncbn.SyncBatchNormalization(**({"save": "output"} | arguments))
-
-
 def test_the_inverse_of_elu_loses_what_that_of_leaky_relu_keeps():
     """Why it is refused: 5 of float32's 24 bits are gone at −5, 10 at −10, all at −18."""
 
