@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 import inspect
+from types import SimpleNamespace
 from typing import Any
 
 import keras
 import numpy as np
+from keras import ops
 
 __all__ = [
     "aggregates_assignments",
@@ -15,7 +17,22 @@ __all__ = [
     "excludes_from_autocast",
     "in_symbolic_scope",
     "without_autocast",
+    "xp",
 ]
+
+
+def _as_first(function: Any) -> Any:
+    """On torch a float64 tensor and a Python number give float32 by Keras's promotion."""
+    return lambda tensor, other: function(tensor, ops.cast(other, tensor.dtype))
+
+
+# keras.ops as the pure maths calls it, without the loss of digits.
+xp = SimpleNamespace(
+    maximum=_as_first(ops.maximum),
+    minimum=_as_first(ops.minimum),
+    sqrt=ops.sqrt,
+    zeros_like=ops.zeros_like,
+)
 
 
 def aggregates_assignments() -> bool:
