@@ -13,7 +13,7 @@ import numpy as np
 
 import syncbn
 from tests.scenarios.models import dense_model, fit, gather_history, normal, observe_model, targets
-from tests.scenarios.scenario import EVERY, FEW, MULTI_WORKER, scenario
+from tests.scenarios.scenario import FEW, MULTI_WORKER, scenario
 from tests.scenarios.world import REFERENCE, World
 
 _C = keras.callbacks
@@ -72,7 +72,7 @@ for _suffix, _weights_only in {".keras": False, ".weights.h5": True}.items():
     scenario(
         name=f"checkpoint[{_suffix}]",
         covers=["ModelCheckpoint, the same path"],
-        core=() if _weights_only else EVERY,
+        core=() if _weights_only else FEW,
     )(_checkpoint(_suffix, _weights_only))
 
 

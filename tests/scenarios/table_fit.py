@@ -9,10 +9,10 @@ from typing import Any
 
 import keras
 import numpy as np
-import tensorflow as tf
 from tensorflow.python.distribute.cross_device_utils import CollectiveKeys
 
 import syncbn
+import tensorflow as tf
 from tests.scenarios.models import (
     classes,
     compile_model,
@@ -23,7 +23,7 @@ from tests.scenarios.models import (
     set_weights,
     targets,
 )
-from tests.scenarios.scenario import EVERY, FEW, scenario
+from tests.scenarios.scenario import FEW, MORE, REPLICAS, scenario
 from tests.scenarios.world import World
 
 
@@ -39,7 +39,7 @@ def arrays(world: World) -> Any:
     )
 
 
-@scenario(covers=["an empty replica", "ragged last batch"], core=EVERY, repairs=["loss"])
+@scenario(covers=["an empty replica", "ragged last batch"], core=FEW, repairs=["loss"])
 def last_batch_of_one(world: World) -> Any:
     return fit(dense_model(world, metrics=lambda: ["mae"]), normal(65, 6), targets(65))
 
@@ -54,7 +54,7 @@ def batches_of_seven(world: World) -> Any:
     return fit(dense_model(world), normal(30, 6), targets(30), batch_size=7)
 
 
-@scenario(covers=["sample weights", "ragged last batch", "weighted metrics"], core=EVERY)
+@scenario(covers=["sample weights", "ragged last batch", "weighted metrics"], core=MORE)
 def sample_weights(world: World) -> Any:
     model = dense_model(world, metrics=lambda: ["mae"], weighted_metrics=lambda: ["mse"])
     weights = np.abs(normal(65, seed=8))
@@ -89,7 +89,7 @@ def evaluate_and_predict(world: World) -> Any:
     }
 
 
-@scenario(covers=["steps_per_execution"], core=EVERY, repairs=["steps"])
+@scenario(covers=["steps_per_execution"], core=FEW, repairs=["steps"])
 def steps_per_execution(world: World) -> Any:
     model = dense_model(world, metrics=lambda: ["mae"], steps_per_execution=3)
     x, y = normal(113, 6), targets(113)
@@ -175,7 +175,7 @@ scenario(
 
 @scenario(
     covers=["train_on_batch", "test_on_batch", "predict_on_batch"],
-    core=EVERY,
+    core=FEW,
     repairs=["predictions", "steps"],
 )
 def on_batch(world: World) -> Any:
@@ -236,7 +236,7 @@ def shuffled(world: World) -> Any:
     }
 
 
-@scenario(covers=["batch logs on a ragged step"], core=FEW, repairs=["steps"])
+@scenario(covers=["batch logs on a ragged step"], core=REPLICAS, repairs=["steps"])
 def batch_logs(world: World) -> Any:
     model = dense_model(world, metrics=lambda: ["mae"])
     seen: list[list[float]] = []

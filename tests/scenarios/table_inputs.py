@@ -7,9 +7,9 @@ from typing import Any
 
 import keras
 import numpy as np
-import tensorflow as tf
 
 import syncbn
+import tensorflow as tf
 from tests.scenarios.models import (
     compile_model,
     dense_model,
@@ -19,7 +19,7 @@ from tests.scenarios.models import (
     set_weights,
     targets,
 )
-from tests.scenarios.scenario import FEW, MULTI_WORKER, scenario
+from tests.scenarios.scenario import FEW, MULTI_WORKER, REPLICAS, scenario
 from tests.scenarios.world import World
 
 
@@ -125,7 +125,7 @@ def _two_inputs(world: World) -> Any:
     return model
 
 
-@scenario(covers=["dict inputs", "several inputs and outputs"], core=FEW)
+@scenario(covers=["dict inputs", "several inputs and outputs"], core=REPLICAS)
 def dict_inputs(world: World) -> Any:
     x = {"a": normal(65, 6), "b": normal(65, 3, seed=2)}
     y = {"first": targets(65), "second": targets(65, 1, seed=3)}
@@ -275,7 +275,7 @@ class _Views(keras.utils.PyDataset):
         return self.x[batch], self.y[batch]
 
 
-@scenario(covers=["data that training writes into"], repairs=["inputs"], core=FEW)
+@scenario(covers=["data that training writes into"], repairs=["inputs"], core=REPLICAS)
 def views_of_arrays(world: World) -> Any:
     x, y = _aligned(normal(256, 6)), _aligned(targets(256))
     observed = dict(fit(dense_model(world), _Views(x, y), epochs=3))

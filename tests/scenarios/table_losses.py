@@ -6,10 +6,10 @@ from typing import Any
 
 import keras
 import numpy as np
-import tensorflow as tf
 from keras import ops
 
 import syncbn
+import tensorflow as tf
 from tests.scenarios.models import (
     compile_model,
     dense_model,
@@ -18,7 +18,7 @@ from tests.scenarios.models import (
     set_weights,
     targets,
 )
-from tests.scenarios.scenario import EVERY, FEW, scenario
+from tests.scenarios.scenario import FEW, MORE, REPLICAS, scenario
 from tests.scenarios.world import World
 
 REDUCTIONS = ["sum", "none", "mean", "mean_with_sample_weight", "sum_over_batch_size"]
@@ -40,7 +40,7 @@ for _name in REDUCTIONS:
     scenario(
         name=f"reduction[{_name}]",
         covers=["ragged last batch", f"reduction {_name}"],
-        core=FEW if _name == "none" else (),
+        core=REPLICAS if _name == "none" else (),
     )(_reduction(_name))
 
 
@@ -51,7 +51,7 @@ def sum_without_weights(world: World) -> Any:
     return fit(model, normal(65, 6), targets(65), validation_data=(normal(9, 6), targets(9)))
 
 
-@scenario(covers=["a loss function that returns a scalar"], core=FEW, repairs=["loss"])
+@scenario(covers=["a loss function that returns a scalar"], core=REPLICAS, repairs=["loss"])
 def scalar_loss(world: World) -> Any:
     """Of full batches: of a ragged one nobody but the function knows what it averages over."""
 
@@ -95,7 +95,9 @@ class Penalty(keras.layers.Layer):
 
 
 @scenario(
-    covers=["add_loss", "losses of the replicas' threads"], core=FEW, repairs=["additional-losses"]
+    covers=["add_loss", "losses of the replicas' threads"],
+    core=REPLICAS,
+    repairs=["additional-losses"],
 )
 def add_loss(world: World) -> Any:
     layers = (Penalty, lambda: keras.layers.Dense(4), Penalty)
@@ -126,7 +128,7 @@ def _masked(world: World, **compiled: Any) -> Any:
     return model
 
 
-@scenario(covers=["masked losses with unequal masks"], core=EVERY, repairs=["loss"])
+@scenario(covers=["masked losses with unequal masks"], core=FEW, repairs=["loss"])
 def masks(world: World) -> Any:
     model = _masked(world, metrics=lambda: ["mae"], weighted_metrics=lambda: ["mse"])
     return fit(model, *_sequences(), validation_data=_sequences(5))
@@ -199,7 +201,7 @@ for _how in ("guide", "compute_loss", "own"):
     )
 
 
-@scenario(covers=["dropout, the same mask on every replica"], core=EVERY, repairs=["seeds"])
+@scenario(covers=["dropout, the same mask on every replica"], core=MORE, repairs=["seeds"])
 def dropout(world: World) -> Any:
     """Not what one device draws, but another mask for every example, at the right rate."""
     with world.scope():

@@ -7,10 +7,10 @@ from typing import Any
 
 import keras
 import numpy as np
-import tensorflow as tf
 
+import tensorflow as tf
 from tests.scenarios.models import compile_model, dense_model, fit, normal, set_weights, targets
-from tests.scenarios.scenario import EVERY, FEW, scenario
+from tests.scenarios.scenario import FEW, REPLICAS, scenario
 from tests.scenarios.world import World
 
 _O = keras.optimizers
@@ -52,7 +52,7 @@ OPTIMIZERS: dict[str, tuple[Callable[[], Any], float]] = {
         2e-5,
     ),
 }
-CORE = {"global_clipnorm": FEW, "ema_overwrite": FEW, "accumulation_adam": EVERY}
+CORE = {"global_clipnorm": REPLICAS, "ema_overwrite": REPLICAS, "accumulation_adam": FEW}
 REPAIRS = {
     "clipnorm": ["gradients"],
     "global_clipnorm": ["gradients"],

@@ -9,10 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 import keras
-import tensorflow as tf
 from keras import ops
 
 import syncbn
+import tensorflow as tf
 from tests.scenarios.models import compile_model, dense_model, fit, normal, set_weights, targets
 from tests.scenarios.scenario import scenario
 from tests.scenarios.world import World
@@ -37,7 +37,7 @@ for _name, _make in {"function": lambda: both, "class": Both}.items():
         name=f"loss_of_losses[{_name}]",
         covers=["a loss made of Loss objects"],
         repairs=["loss"],
-        core=("one", "mirrored2", "workers2x1") if _name == "function" else (),
+        core=("one", "mirrored2") if _name == "function" else (),
     )
     def loss_of_losses(world: World, make: Any = _make) -> Any:
         model = dense_model(world, loss=make(), metrics=lambda: [both, "mae"])

@@ -13,7 +13,7 @@ pytestmark = [
     ),
 ]
 
-WORLDS = ["one_repaired", "mirrored2", "mirrored4"]
+WORLDS = ["one_repaired", "mirrored2"]
 
 
 @pytest.mark.parametrize(
