@@ -21,17 +21,20 @@ __all__ = [
 ]
 
 
-def _as_first(function: Any) -> Any:
-    """On torch a float64 tensor and a Python number give float32 by Keras's promotion."""
-    return lambda tensor, other: function(tensor, ops.cast(other, tensor.dtype))
+def _maximum(tensor: Any, other: Any) -> Any:
+    other = ops.cast(other, tensor.dtype)
+    return ops.where(tensor < other, other, tensor)  # of a NaN it is NaN
 
 
-# keras.ops as the pure maths calls it, without the loss of digits.
+def _minimum(tensor: Any, other: Any) -> Any:
+    other = ops.cast(other, tensor.dtype)
+    return ops.where(tensor > other, other, tensor)
+
+
+# keras.ops as the pure maths calls it. By Keras's promotion `ops.maximum` of float64 is float32 on
+# every backend but TensorFlow.
 xp = SimpleNamespace(
-    maximum=_as_first(ops.maximum),
-    minimum=_as_first(ops.minimum),
-    sqrt=ops.sqrt,
-    zeros_like=ops.zeros_like,
+    maximum=_maximum, minimum=_minimum, sqrt=ops.sqrt, where=ops.where, zeros_like=ops.zeros_like
 )
 
 

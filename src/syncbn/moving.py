@@ -40,7 +40,7 @@ def move_statistics(layer: Any, moments: Moments) -> None:
     move(layer.renorm_stddev, ops.sqrt(variance + layer.epsilon), renorm_share)
     # As Keras: the deviation moves, and inference's variance is its square.
     deviation = move(layer.moving_stddev, ops.sqrt(kept + layer.epsilon), share)
-    squared = ops.maximum(deviation * deviation - layer.epsilon, ops.zeros_like(deviation))
+    squared = xp.maximum(deviation * deviation - layer.epsilon, 0.0)
     old = ops.cast(layer.moving_variance, dtype)
     layer.moving_variance.assign(ops.where(moments.count > 0, squared, old))
 
