@@ -14,6 +14,7 @@ Backends never import each other.
 from __future__ import annotations
 
 import importlib
+import sys
 from types import ModuleType
 
 from syncbn.errors import NotSynchronizableError
@@ -35,4 +36,6 @@ def get(keras_backend: str) -> ModuleType:
             f"{sorted(_BACKENDS)}. Received: keras.backend.backend()={keras_backend!r}. "
             "Set the environment variable KERAS_BACKEND to one of them before Keras is imported."
         )
-    return importlib.import_module(_BACKENDS[keras_backend])
+    # Looked up before it is imported: torch.compile cannot trace an import.
+    name = _BACKENDS[keras_backend]
+    return sys.modules[name] if name in sys.modules else importlib.import_module(name)
