@@ -1,0 +1,182 @@
+"""Normalization by the moments of the global batch, with its gradient, on JAX."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from syncbn._backends.interface import Activation, Batch, Scheme
+from syncbn._backends.jax import collectives, health, passes, virtual
+from syncbn._backends.jax.axes import summed_like, varying
+from syncbn._backends.jax.collectives import Replicas
+from syncbn._backends.jax.places import Place, Stages
+from syncbn.moments import Moments
+
+__all__ = ["normalize"]
+
+
+def normalize(
+    batch: Batch, scheme: Scheme, affine: Callable[[Moments], tuple[Any | None, Any | None]]
+) -> tuple[Any, Moments]:
+    """Normalize by the moments of the concatenated batch of all replicas.
+
+    `y = (x − mean) · gamma / √(variance + epsilon) + beta`, and for a cotangent dy of y
+
+        dx = gamma / √(variance + epsilon) · (dy − w · Σ dy / n − w · x̂ · Σ dy·x̂ / n)
+
+    where mean, the biased variance, n and both sums are over all replicas of the group, w is the
+    weight of the element and n the sum of the weights; an element of weight 0 does not exist: its
+    dx is 0, its dy in no sum. The gradients of gamma and beta are the sums over all replicas where
+    JAX knows that gamma is the same on all of them, as in `shard_map` with `check_vma=True`, and
+    else those of this replica's part, which who trains adds up as those of every other weight.
+
+    One collective forward and one backward; none where the array is the whole batch and lies on one
+    device.
+
+    Args:
+        batch: this replica's part, or the whole batch. Inputs in float64, float32, bfloat16 or
+            float16, of any rank.
+        scheme: how to normalize.
+        affine: gives gamma and beta, each of shape (C,), or None for ones and zeros, for the
+            moments that normalize.
+
+    Returns:
+        The outputs, in the dtype of the inputs, and the moments of the union of all replicas, in
+        float64 where JAX has it, else in float32.
+
+    Raises:
+        NotSynchronizableError: an axis_name that is not bound.
+        InputError: the groups are no partition of the replicas.
+        UnsupportedFeatureError: what needs to raise an error by values, under `jit`.
+        FloatingPointError: NaN or infinity was looked for and found.
+
+    References:
+        Ioffe, Szegedy, "Batch Normalization", arXiv:1502.03167, 2015 (the gradient: section 3).
+    """
+    place = Place.of(batch, scheme)
+    x, weights = batch.inputs, batch.weights
+    if weights is not None:
+        weights = lax.stop_gradient(weights)
+    dtype = passes.statistics_dtype(x.dtype)
+    (channels,) = next(iter(batch.state.values())).shape
+    if scheme.virtual_batch_size is not None:
+        stages = virtual.stages(batch, scheme, place.replicas)
+    else:
+        stages = _stages(batch, scheme, place.replicas)
+    # The gradient of the second stage is that of the moments too.
+    own, union = place.moments(stages.moments, lax.stop_gradient(x), weights)
+    health.check(scheme.checked_layer, union, batch)
+    gamma, beta = affine(own)
+    gamma = jnp.ones(channels, dtype) if gamma is None else _vector(gamma, dtype)
+    beta = jnp.zeros(channels, dtype) if beta is None else _vector(beta, dtype)
+    return place.outputs(stages.outputs, x, weights, own, gamma, beta), union
+
+
+def _vector(variable: Any, dtype: Any) -> Any:
+    """The value of a Keras variable, or an array, in the dtype."""
+    return jnp.asarray(getattr(variable, "value", variable), dtype)
+
+
+def _stages(batch: Batch, scheme: Scheme, replicas: Replicas) -> Stages:
+    part = _Part(batch.axis % batch.inputs.ndim, scheme.epsilon, replicas)
+
+    def moments(x: Any, weights: Any | None) -> tuple[Moments, Moments]:
+        return collectives.exchange(_local(part, x, weights), replicas)
+
+    def outputs(x: Any, weights: Any | None, own: Moments, gamma: Any, beta: Any) -> Any:
+        return _normalized(part, x, gamma, beta, own, weights)
+
+    return Stages(moments, _activated(scheme.activation, outputs))
+
+
+def _activated(activation: Activation | None, outputs: Callable[..., Any]) -> Callable[..., Any]:
+    """The activation of the outputs, which the backward computes again rather than keep."""
+    if activation is None:
+        return outputs
+    return jax.checkpoint(lambda *arguments: activation(outputs(*arguments)))
+
+
+class _Part(NamedTuple):
+    """What forward and backward of one call have in common, and is known to Python."""
+
+    axis: int
+    epsilon: float
+    replicas: Replicas
+
+
+def _local(part: _Part, x: Any, weights: Any | None) -> Moments:
+    return passes.local_moments(x, weights, part.axis, collectives.moments_dtype())
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _normalized(
+    part: _Part, x: Any, gamma: Any, beta: Any, moments: Moments, weights: Any | None
+) -> Any:
+    """The outputs, with a gradient that knows that the moments are those of the inputs."""
+    del weights
+    scaling = passes.Scaling.of(moments, gamma, part.epsilon)
+    return passes.apply(x, scaling, beta, part.axis)
+
+
+def _normalized_forward(part: _Part, *arguments: Any) -> tuple[Any, Any]:
+    return _normalized(part, *arguments), arguments
+
+
+def _normalized_backward(part: _Part, arguments: Any, dy: Any) -> tuple[Any, ...]:
+    return *_gradient(part, dy, *arguments), None, None
+
+
+_normalized.defvjp(_normalized_forward, _normalized_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _gradient(part: _Part, dy: Any, *arguments: Any) -> tuple[Any, Any, Any]:
+    """dx and the gradients of gamma and beta, themselves differentiable."""
+    return _gradient_of_part(part, dy, *arguments)
+
+
+def _gradient_forward(part: _Part, *arguments: Any) -> tuple[Any, Any]:
+    return _gradient_of_part(part, *arguments), arguments
+
+
+def _gradient_backward(part: _Part, arguments: Any, cotangents: Any) -> tuple[Any, ...]:
+    *derivable, _, weights = arguments
+
+    def again(dy: Any, x: Any, gamma: Any, beta: Any) -> tuple[Any, Any, Any]:
+        # The moments depend on x, and here that counts: compute them again, from operations that
+        # JAX can derive. Two more collectives, paid by gradients of gradients only.
+        moments, _ = collectives.exchange(_local(part, x, weights), part.replicas)
+        return _gradient_of_part(part, dy, x, gamma, beta, moments, weights)
+
+    _, pull_back = jax.vjp(again, *derivable)
+    return *pull_back(cotangents), None, None
+
+
+_gradient.defvjp(_gradient_forward, _gradient_backward)
+
+
+def _gradient_of_part(
+    part: _Part, dy: Any, x: Any, gamma: Any, beta: Any, moments: Moments, weights: Any | None
+) -> tuple[Any, Any, Any]:
+    scaling = passes.Scaling.of(moments, gamma, part.epsilon)
+    local = passes.sums(dy, x, weights, scaling, part.axis)
+    own, of_all = collectives.sum_over_group(local, part.replicas)
+    correction = passes.Correction.of(own, moments.count, scaling)
+    dx = passes.gradient(dy, x, weights, scaling, correction, part.axis)
+
+    def of_weight(half: slice, weight: Any) -> Any:
+        extra = varying(local) - varying(weight)
+        # What the collective has summed already, where it is over the same axes.
+        if of_all is not None and extra == {*part.replicas.axes}:
+            return of_all[half]
+        return summed_like(local[half], weight)
+
+    channels = gamma.shape[0]
+    of_gamma = of_weight(slice(channels, None), gamma)
+    of_beta = of_weight(slice(None, channels), beta)
+    return summed_like(dx, x), of_gamma, of_beta
