@@ -12,6 +12,7 @@ import numpy as np
 __all__ = [
     "aggregates_assignments",
     "casts_arrays_unasked",
+    "counter_dtype",
     "excludes_from_autocast",
     "in_symbolic_scope",
     "without_autocast",
@@ -36,6 +37,14 @@ def casts_arrays_unasked() -> bool:
         np.zeros((), "float32"), autocast=False, dtype="float16"
     )
     return bool(keras.backend.standardize_dtype(converted.dtype) == "float16")
+
+
+def counter_dtype() -> str:
+    """The dtype of a variable that counts; a float32 stops at 16.7 million.
+
+    JAX has no int64 unless it is asked for one, and warns of each.
+    """
+    return "int32" if keras.backend.backend() == "jax" else "int64"
 
 
 def excludes_from_autocast() -> bool:

@@ -83,7 +83,7 @@ def observe(
     *,
     mode: str = "graph",
     dtype: str | None = None,
-    context: str = "shard_map",
+    context: str | None = None,
     **arguments: Any,
 ) -> Observed:
     """What the replicas see in one training step.
@@ -95,10 +95,12 @@ def observe(
         case: data and weights; a part for each replica. One part alone is not mapped.
         mode: "graph" for `jit`, "eager" for none.
         dtype: the layer's policy; the data's own by default.
-        context: one of MAPPED or DISTRIBUTED.
+        context: one of MAPPED or DISTRIBUTED; by default `shard_map`, and in eager mode `vmap`:
+            without `jit` `shard_map` compiles every operation in every call, for seconds.
         **arguments: of the layer.
     """
     data = case.parts[0].dtype.name
+    context = context or ("shard_map" if mode == "graph" else "vmap")
     with precision_of(data), distributed(context, len(case.parts)):
         if context == "vmap" and len(case.parts) > 1:
             arguments = {"axis_name": "data"} | arguments
