@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 import inspect
+from types import SimpleNamespace
 from typing import Any
 
 import keras
 import numpy as np
+from keras import ops
 
 __all__ = [
     "aggregates_assignments",
@@ -16,7 +18,25 @@ __all__ = [
     "excludes_from_autocast",
     "in_symbolic_scope",
     "without_autocast",
+    "xp",
 ]
+
+
+def _maximum(tensor: Any, other: Any) -> Any:
+    other = ops.cast(other, tensor.dtype)
+    return ops.where(tensor < other, other, tensor)  # of a NaN it is NaN
+
+
+def _minimum(tensor: Any, other: Any) -> Any:
+    other = ops.cast(other, tensor.dtype)
+    return ops.where(tensor > other, other, tensor)
+
+
+# keras.ops as the pure maths calls it. By Keras's promotion `ops.maximum` of float64 is float32 on
+# every backend but TensorFlow.
+xp = SimpleNamespace(
+    maximum=_maximum, minimum=_minimum, sqrt=ops.sqrt, where=ops.where, zeros_like=ops.zeros_like
+)
 
 
 def aggregates_assignments() -> bool:
