@@ -1,4 +1,4 @@
-"""Trains a model by Keras's `fit` as one process of several: `python -m tests.torch.fitting FOLDER`.
+"""Trains by Keras's `fit` as one process of several: `python -m tests.torch.fitting FOLDER HOW…`.
 
 Or as the only one, on all the data. Leaves what came out in FOLDER.
 """
@@ -14,10 +14,10 @@ os.environ["KERAS_BACKEND"] = "torch"
 
 import keras
 import numpy as np
-
-import syncbn
 import torch
 from torch import distributed
+
+import syncbn
 
 # Rows of each batch, by process: uneven, and in the last of each epoch still more so.
 BATCHES = [(33, 32), (20, 45), (9, 1)]

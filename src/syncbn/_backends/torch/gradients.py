@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -17,10 +17,12 @@ __all__ = ["average_gradients"]
 def average_gradients(model: Any, process_group: Any = None) -> None:
     """Make `fit` and `evaluate` of all processes one training, by the mean over their examples.
 
-    In every step the gradient is `Σ_r n_r · g_r / Σ_r n_r`, where g_r is that of process r, whose
-    loss is a mean over its n_r examples: that of the mean over the examples of all processes, also
-    where they hold different numbers. One all-reduce a step for all gradients of a dtype. The
-    weights start as those of the first process. Logs at the end of an epoch and of `evaluate` are
+    In every step the gradient is that of `Σ_r n_r · loss_r / Σ_r n_r`, where loss_r is the mean
+    over the n_r examples of process r: of the mean over the examples of all processes, also where
+    they hold different numbers, or none. Each loss is scaled before the backward pass, in which
+    synchronized layers add up what the processes' losses say. One all-reduce a step for the number
+    of examples, and one for all gradients of a dtype. The weights start as those of the first
+    process. Logs at the end of an epoch and of `evaluate` are
     by the metrics of all processes together, so that callbacks decide alike everywhere; within an
     epoch, and after each batch, they are a process's own.
 
@@ -45,9 +47,10 @@ def average_gradients(model: Any, process_group: Any = None) -> None:
     for variable in model.weights:
         first = distributed.get_global_rank(process_group or distributed.group.WORLD, 0)
         distributed.broadcast(variable.value.data, first, group=process_group)
-    step = _Step(process_group, model.train_step, model.get_metrics_result, model.optimizer.apply)
+    step = _Step(process_group, model)
     model.train_step = step.train_step
-    model.get_metrics_result = lambda: step.metrics_result(model)
+    model.get_metrics_result = step.metrics_result
+    model.optimizer.scale_loss = step.scale_loss
     model.optimizer.apply = step.apply
     setattr(model.optimizer, _MARK, True)
 
@@ -79,47 +82,49 @@ def _check(model: Any) -> None:
 class _Step:
     """One step of training, between what Keras's trainer does before and after it."""
 
-    def __init__(
-        self,
-        group: Any,
-        train_step: Callable[[Any], Any],
-        metrics_result: Callable[[], Any],
-        apply: Callable[..., Any],
-    ) -> None:
+    def __init__(self, group: Any, model: Any) -> None:
         self._group = group
-        self._train_step = train_step
-        self._metrics_result = metrics_result
-        self._apply = apply
-        self._examples = 0
+        self._metrics = model
+        self._train_step = model.train_step
+        self._metrics_result = model.get_metrics_result
+        self._scale_loss = model.optimizer.scale_loss
+        self._apply = model.optimizer.apply
+        self._share: Any = None
         self._inside = False
 
     def train_step(self, data: Any) -> Any:
-        """Keras's own, which calls the two below."""
+        """Keras's own, which calls the next two."""
         x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
-        self._examples = next(part for part in keras.tree.flatten(x) if part is not None).shape[0]
+        first = next(part for part in keras.tree.flatten(x) if part is not None)
+        own = torch.full((), first.shape[0], dtype=torch.float32, device=first.device)
+        total = own.clone()
+        distributed.all_reduce(total, group=self._group)
+        self._share = own / total.clamp(min=1)
         self._inside = True
         try:
             return self._train_step(data)
         finally:
             self._inside = False
 
-    def apply(self, gradients: Sequence[Any], variables: Any = None) -> Any:
-        """Average the gradients and hand them to the optimizer."""
-        return self._apply(averaged(gradients, self._examples, self._group), variables)
+    def scale_loss(self, loss: Any) -> Any:
+        """This process's part of the loss of all."""
+        return self._scale_loss(loss) * self._share
 
-    def metrics_result(self, model: Any) -> Any:
+    def apply(self, gradients: Sequence[Any], variables: Any = None) -> Any:
+        """Sum the gradients and hand them to the optimizer."""
+        return self._apply(summed(gradients, self._group), variables)
+
+    def metrics_result(self) -> Any:
         """The metrics of all processes, except after each single step."""
         if self._inside:
             return self._metrics_result()
-        own = [variable.value.clone() for variable in model.metrics_variables]
-        sums = [value.clone() for value in own]
-        for value in sums:
-            distributed.all_reduce(value, group=self._group)
+        variables = self._metrics.metrics_variables
+        own = [variable.value.clone() for variable in variables]
         try:
-            _assign(model.metrics_variables, sums)
+            _assign(variables, summed(own, self._group))
             return self._metrics_result()
         finally:
-            _assign(model.metrics_variables, own)
+            _assign(variables, own)
 
 
 def _assign(variables: Sequence[Any], values: Sequence[Any]) -> None:
@@ -127,26 +132,14 @@ def _assign(variables: Sequence[Any], values: Sequence[Any]) -> None:
         variable.assign(value)
 
 
-def averaged(gradients: Sequence[Any], examples: int, group: Any) -> list[Any]:
-    """The gradients of the mean over all processes' examples, of those of this process's mean.
-
-    Args:
-        gradients: of the mean over this process's examples; None where there is none.
-        examples: how many; of 0 the gradients, which are 0 / 0, count nothing.
-        group: the process group.
-    """
-    result = list(gradients)
-    dtypes = {gradient.dtype for gradient in gradients if gradient is not None}
-    for dtype in sorted(dtypes, key=str):
-        chosen = [i for i, g in enumerate(gradients) if g is not None and g.dtype == dtype]
-        # A sum over examples may be beyond float16.
-        wide = torch.promote_types(dtype, torch.float32)
-        parts = [gradients[i].reshape(-1).to(wide) for i in chosen]
-        flat = torch.cat([torch.ones_like(parts[0][:1]), *parts]) * examples
-        if examples == 0:
-            flat = torch.zeros_like(flat)
+def summed(tensors: Sequence[Any], group: Any) -> list[Any]:
+    """The sums over the processes, None where there is none; one all-reduce a dtype."""
+    result = list(tensors)
+    for dtype in sorted({tensor.dtype for tensor in tensors if tensor is not None}, key=str):
+        chosen = [i for i, t in enumerate(tensors) if t is not None and t.dtype == dtype]
+        parts = [tensors[i].reshape(-1) for i in chosen]
+        flat = torch.cat(parts)
         distributed.all_reduce(flat, group=group)
-        means = flat[1:] / flat[0].clamp(min=1)
-        for i, own in zip(chosen, means.split([part.numel() for part in parts]), strict=True):
-            result[i] = own.to(dtype).view_as(gradients[i])
+        for i, own in zip(chosen, flat.split([part.numel() for part in parts]), strict=True):
+            result[i] = own.view_as(tensors[i])
     return result
