@@ -169,14 +169,11 @@ def _gradient_of_part(
     correction = passes.Correction.of(own, moments.count, scaling)
     dx = passes.gradient(dy, x, weights, scaling, correction, part.axis)
 
-    def of_weight(half: slice, weight: Any) -> Any:
+    def of_weight(row: int, weight: Any) -> Any:
         extra = varying(local) - varying(weight)
         # What the collective has summed already, where it is over the same axes.
         if of_all is not None and extra == {*part.replicas.axes}:
-            return of_all[half]
-        return summed_like(local[half], weight)
+            return of_all[row]
+        return summed_like(local[row], weight)
 
-    channels = gamma.shape[0]
-    of_gamma = of_weight(slice(channels, None), gamma)
-    of_beta = of_weight(slice(None, channels), beta)
-    return summed_like(dx, x), of_gamma, of_beta
+    return summed_like(dx, x), of_weight(1, gamma), of_weight(0, beta)
