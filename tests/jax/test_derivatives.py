@@ -139,7 +139,9 @@ def test_recomputing_the_forward_in_the_backward_changes_nothing():
     trainable = State.of(layer).trainable
 
     def loss(x):
-        return (jax.checkpoint(lambda x: call(layer, trainable, x)[0])(x) * case.cotangents[0]).sum()
+        return (
+            jax.checkpoint(lambda x: call(layer, trainable, x)[0])(x) * case.cotangents[0]
+        ).sum()
 
     dx = jax.jit(jax.grad(loss))(case.parts[0])
     assert_close("input gradients", dx, case.expected().input_gradients[0], 2e-6)
