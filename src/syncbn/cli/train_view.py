@@ -18,6 +18,8 @@ from rich.progress import (  # noqa: TID253
 )
 from rich.table import Table  # noqa: TID253
 
+from syncbn.cli.start import FRAMEWORKS
+
 if TYPE_CHECKING:
     from syncbn.training.comparison import Row
     from syncbn.training.data import Dataset
@@ -85,7 +87,7 @@ def print_table(
     gap = "\n" if max(len(row.run) for row in rows) > _SHORT else " "
     table = Table(
         title=f"{settings.model} on {dataset.name}, {len(dataset.x_train)} training images,{gap}"
-        f"{settings.precision}, "
+        f"{FRAMEWORKS[settings.backend]}, {settings.precision}, "
         f"global batch {settings.batch_size}, {rows[0].epochs} epochs"
     )
     # The others are in the files.
@@ -113,6 +115,17 @@ def print_table(
             "one device again, each batch back to front; its Δ is rounding alone, amplified by "
             "training."
         )
+        if settings.backend == "jax" and settings.replicas_in_sync > 1:
+            console.print(
+                "On JAX keras is keras.layers.BatchNormalization, which keras.distribution makes "
+                "global; local is syncbn.SyncBatchNormalization(group_size=1), each device by its "
+                "own part of the batch."
+            )
+        if settings.precision == "float64" and settings.backend != "tensorflow":
+            console.print(
+                f"On {FRAMEWORKS[settings.backend]} keras.layers.BatchNormalization rounds float64 "
+                "to float32; one device normalizes in float64 by the formula itself."
+            )
     elif not settings.compare:
         console.print("Add --compare to see how far this is from one device.")
     console.print("Written: " + ", ".join(str(path) for path in paths), soft_wrap=True)
