@@ -1,13 +1,12 @@
 """Which mapped axes are summed over, on meshes of two."""
 
-import numpy as np
-import pytest
-from tests.harness import assert_close, make_case
-from tests.replicas.jax import State, make_layer, make_step
-
 import jax
 import jax.numpy as jnp
+import numpy as np
+import pytest
 from jax.sharding import Mesh, PartitionSpec
+from tests.harness import assert_close, make_case
+from tests.replicas.jax import State, make_layer, make_step
 
 MESH_SHAPE = (2, 2)
 

@@ -2,15 +2,15 @@
 
 import re
 
+import jax
 import keras
 import numpy as np
 import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tests.harness import make_case
 from tests.replicas.jax import State, distributed, filled_up, make_layer, make_step
 
-import jax
 import syncbn
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 COLLECTIVE = re.compile(
     r" (all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)(?:-start)?\("

@@ -1,14 +1,13 @@
-"""Gradients as JAX takes them: of shared weights in both modes of shard_map, of gradients, twice."""
-
-import numpy as np
-import pytest
-from tests.contract.test_features import random_weights
-from tests.harness import assert_close, make_case
-from tests.replicas.jax import State, distributed, make_layer
+"""Gradients as JAX takes them: of shared weights in both modes of shard_map, and of gradients."""
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import pytest
 from jax.sharding import Mesh, PartitionSpec
+from tests.contract.test_features import random_weights
+from tests.harness import assert_close, make_case
+from tests.replicas.jax import State, distributed, make_layer
 
 PARTS, SAME = PartitionSpec("data"), PartitionSpec()
 
@@ -18,7 +17,7 @@ def mesh_of(replicas):
 
 
 def plain(x, gamma, beta, weights=None, epsilon=1e-3):
-    """Batch normalization as anybody would write it: JAX differentiates it as often as one likes."""
+    """Batch normalization as anybody would write it, differentiable as often as one likes."""
     w = jnp.ones_like(x) if weights is None else weights
     n = w.sum(0)
     mean = (w * x).sum(0) / n

@@ -1,12 +1,12 @@
 """What is checked by values, where code is not compiled: NaN, and outputs that can be inverted."""
 
+import jax
 import keras
 import numpy as np
 import pytest
 from tests.contract.test_features import random_masks, random_weights
 from tests.harness import assert_equals_one_device, make_case, observe
 
-import jax
 import syncbn
 
 TOLERANCE = {"float32": 2e-6, "float64": 1e-11}

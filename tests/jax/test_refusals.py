@@ -1,12 +1,12 @@
 """Contract 6, loud, never local: errors where the layer cannot do what it was asked for."""
 
+import jax
 import keras
 import numpy as np
 import pytest
 from tests.harness import make_case, observe
 from tests.replicas.jax import MAPPED, distributed
 
-import jax
 import syncbn
 
 X = np.random.default_rng(0).normal(size=(8, 3)).astype("float32")

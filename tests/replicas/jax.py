@@ -264,7 +264,7 @@ def _observed(case: Case, layer: Any, y: Any, dx: Any, of_weights: Any, others: 
 
 
 def copies(value: Any, replicas: int) -> list[np.ndarray]:
-    """What each replica holds of a vector, by the devices' own memory, whatever JAX takes it for."""
+    """What each replica holds of a vector, by its device's memory, whatever JAX takes it for."""
     if value.ndim == 2:
         return [*np.asarray(value)]
     # Split over another axis, each place on it has copies of its own.

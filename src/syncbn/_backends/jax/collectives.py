@@ -22,7 +22,7 @@ class Replicas(NamedTuple):
     """Who normalizes together, seen from one of them."""
 
     axes: Axes = ()  # mapped axes; none where the array is the whole batch
-    count: int = 1
+    size: int = 1  # how many there are
     groups: Groups | None = None  # None for one group of all
 
 
@@ -60,7 +60,7 @@ def exchange(local: Moments, replicas: Replicas) -> tuple[Moments, Moments]:
         table = sum_over_replicas(_in_slot(row, own, len(replicas.groups or ())), replicas.axes)
         return form.unpack(table[own]), form.unpack(jnp.sum(table, axis=0))
     slot = lax.axis_index(replicas.axes)
-    table = sum_over_replicas(_in_slot(row, slot, replicas.count), replicas.axes)
+    table = sum_over_replicas(_in_slot(row, slot, replicas.size), replicas.axes)
     union = form.unpack(table)
     if own is None:
         return union, union

@@ -63,7 +63,7 @@ normalized.defvjp(_normalized_forward, _normalized_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _gradient(part: Part, dy: Any, *arguments: Any) -> tuple[Any, Any, Any]:
-    """dx and the gradients of gamma and beta, themselves differentiable."""
+    """The gradients of x, gamma and beta, themselves differentiable."""
     return _gradient_of_input(part, dy, *arguments)
 
 
@@ -131,7 +131,7 @@ def _gradient_of_part(
     weights: Any | None,
     scaling: passes.Scaling,
 ) -> tuple[Any, Any, Any]:
-    """dx, and the gradients of gamma and beta as JAX wants them of these."""
+    """The gradients of x, gamma and beta, as JAX wants them of these."""
     local = passes.sums(dy, x, weights, scaling, part.axis)
     own, of_all = collectives.sum_over_group(local, part.replicas)
     correction = passes.Correction.of(own, moments.count, scaling)

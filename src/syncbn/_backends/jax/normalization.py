@@ -114,4 +114,5 @@ def _activated(activation: Activation | None, outputs: Callable[..., Any]) -> Ca
     """The activation of the outputs, which the backward computes again rather than keep."""
     if activation is None:
         return outputs
-    return jax.checkpoint(lambda *arguments: activation(outputs(*arguments)))
+    again: Callable[..., Any] = jax.checkpoint(lambda *arguments: activation(outputs(*arguments)))
+    return again
