@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from syncbn._backends.torch.composed import with_few_digits
 from syncbn._backends.torch.layout import Layout, pieces
 from syncbn._backends.torch.namespace import xp
 from syncbn._backends.torch.scaling import (
@@ -32,38 +33,71 @@ _PIECE = 2**20
 # it, is as good as `(x − mean) · scale + offset`.
 _LARGE_MEAN = 4.0
 
-# Rows that torch's kernel for the gradient adds up in one float32 number: a million would lose four
-# digits.
-_ROWS_A_SUM = 8192
+# Rows that are added up in one float32 number: a million would lose four digits, 8192 have lost one.
+_ROWS_A_SUM = 1024
 
 # Sums that run side by side at no cost: with few channels, more of them for each.
-_FREE_SUMS = 512
+_FREE_SUMS = 2048
 
 
 def _moments(x: Any, weights: Any | None, dtype: Any) -> Moments:  # noqa: ARG001
     """Moments in two passes: first the mean, then the deviations from it."""
-    layout = Layout.of(x)
-    view, wide = layout.view(x), statistics_dtype(x.dtype)
-    dims = tuple(d for d in range(view.dim()) if d != 1)
+    view, wide = Layout.of(x).view(x), statistics_dtype(x.dtype)
     count = torch.tensor(view.numel() // view.shape[1], dtype=dtype)
     divisor = as_divisor(count, xp)
-    sums = [part.to(wide).sum(dims).to(dtype) for (part,) in _in_width(view, wide)]
-    rough = (sum(sums) / divisor).to(wide)
-    pivot = layout.vector(rough)
-    rests, squares = [], []
-    for (part,) in pieces(view, size=_PIECE):
-        deviations = part - pivot
-        rests.append(deviations.sum(dims))
-        squares.append(deviations.square_().sum(dims))
+    folded = _folded(view)
+    totals = [
+        _unfolded(piece.to(wide).sum(_dims(piece)), fold)
+        for (part,), fold in folded
+        # All at once, but where a conversion needs memory.
+        for (piece,) in ([(part,)] if part.dtype == wide else pieces(part, size=_PIECE))
+    ]
+    rough = with_few_digits((_added(totals) / divisor).to(wide))
+    sums = []
+    for (part,), fold in folded:
+        pivot = rough.repeat(fold) if part.dim() == 2 else rough[:, None]
+        for (piece,) in pieces(part, size=_PIECE):
+            deviations = piece - pivot
+            rest = deviations.sum(_dims(piece))
+            sums.append(
+                _unfolded(torch.stack([rest, deviations.square_().sum(_dims(piece))]), fold)
+            )
     # What the rough mean lacks, and what that has added to the squares.
-    rest = torch.stack(rests).to(dtype).sum(0) / divisor
-    m2 = torch.stack(squares).to(dtype).sum(0) - count * rest * rest
-    return Moments(count, rough.to(dtype) + rest, torch.clamp(m2, min=0))
+    rest, squares = _added(sums)
+    rest = rest / divisor
+    m2 = torch.clamp(squares - count * rest * rest, min=0)
+    return Moments(count, (rough + rest).to(dtype), m2.to(dtype))
 
 
-def _in_width(view: Any, wide: Any) -> list[tuple[Any, ...]]:
-    """All at once, but where a conversion would need memory of the same size."""
-    return [(view,)] if view.dtype == wide else pieces(view, size=_PIECE)
+def _folded(*views: Any) -> list[tuple[tuple[Any, ...], int]]:
+    """Rows side by side, so that no sum is long, and the last few by themselves; with how many.
+
+    Channels in front of pixels are left as they are: there torch adds up in float64.
+    """
+    if views[0].dim() == 3:
+        return [(views, 1)]
+    rows, channels = views[0].shape
+    fold = max(1, min(_FREE_SUMS // channels, rows))
+    whole = rows - rows % fold
+    parts = [(tuple(view[:whole].reshape(-1, fold * channels) for view in views), fold)]
+    if whole < rows:
+        parts.append((tuple(view[whole:] for view in views), 1))
+    return parts
+
+
+def _unfolded(sums: Any, fold: int) -> Any:
+    """Sums of what is folded, shape (…, fold · C), as those of the channels, in float64."""
+    wide = sums.to(torch.float64)
+    return wide if fold == 1 else wide.view(*sums.shape[:-1], fold, -1).sum(-2)
+
+
+def _added(totals: list[Any]) -> Any:
+    return totals[0] if len(totals) == 1 else torch.stack(totals).sum(0)
+
+
+def _dims(view: Any) -> tuple[int, ...]:
+    """All axes but the channels'."""
+    return (0,) if view.dim() == 2 else (0, 2)
 
 
 def _apply(x: Any, scaling: Scaling) -> Any:
@@ -83,39 +117,22 @@ def _linear(x: Any, mean: Any, slope: Any, offset: Any, scaling: Scaling) -> Any
 
 
 def _sums(dy: Any, x: Any, weights: Any | None, scaling: Scaling) -> CotangentSums:  # noqa: ARG001
-    layout = Layout.of(x)
-    of_x, of_dy = layout.view(x), layout.view(dy)
-    dtype, channels = scaling.mean.dtype, of_x.shape[1]
-    fold = _fold(of_x)
-    if fold > 1:
-        of_x, of_dy = (view.reshape(-1, fold * channels) for view in (of_x, of_dy))
-    mean = scaling.mean.repeat(fold)
-    ones = torch.ones_like(mean)
-    # Channels in front of pixels are added up in float64 anyway.
-    size = _ROWS_A_SUM * fold * channels if of_x.dim() == 2 else of_x.numel()
+    layout, dtype = Layout.of(x), scaling.mean.dtype
     totals = []
-    for part, cotangents in pieces(of_x, of_dy, size=size if dtype == x.dtype else _PIECE):
-        _, deviations, outputs = torch.ops.aten.native_batch_norm_backward(
-            *(cotangents.to(dtype), part.to(dtype), ones, mean, ones, mean, ones),
-            train=False,
-            eps=0.0,
-            output_mask=[False, True, True],
-        )
-        totals.append(torch.cat([outputs, deviations]))
-    # The pieces, and what is folded, in float64: they are few.
-    total = torch.stack(totals).to(torch.float64).sum(0).view(2, fold, channels).sum(1)
-    return CotangentSums(*total.to(dtype))
-
-
-def _fold(view: Any) -> int:
-    """Over how many sums to spread a channel of (rows, channels): a power of two, dividing them."""
-    if view.dim() != 2:
-        return 1
-    rows, channels = view.shape
-    fold = 1
-    while rows % (2 * fold) == 0 and 2 * fold * channels <= _FREE_SUMS:
-        fold *= 2
-    return fold
+    for (of_dy, of_x), fold in _folded(layout.view(dy), layout.view(x)):
+        mean = scaling.mean.repeat(fold)
+        ones = torch.ones_like(mean)
+        size = _ROWS_A_SUM * len(mean) if of_x.dim() == 2 else of_x.numel()
+        size = size if x.dtype == dtype else min(size, _PIECE)
+        for cotangents, piece in pieces(of_dy, of_x, size=size):
+            _, deviations, outputs = torch.ops.aten.native_batch_norm_backward(
+                *(cotangents.to(dtype), piece.to(dtype), ones, mean, ones, mean, ones),
+                train=False,
+                eps=0.0,
+                output_mask=[False, True, True],
+            )
+            totals.append(_unfolded(torch.stack([outputs, deviations]), fold))
+    return CotangentSums(*_added(totals).to(dtype))
 
 
 def _gradient(
