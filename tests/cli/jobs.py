@@ -1,4 +1,4 @@
-"""`syncbn train` in a process, with all that it starts in sight."""
+"""`syncbn train` in a process, with all that it starts in sight, or in this one."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
+
+from syncbn.training import data, job
+from syncbn.training.settings import TrainSettings
 
 
 class Ended(NamedTuple):
@@ -62,3 +65,24 @@ class Job:
                 self.process.send_signal(signal.SIGKILL)
                 self.process.communicate()
         return Ended(self.process.returncode, stdout, stderr)
+
+
+class Silent:
+    """An observer of runs in this process."""
+
+    def start(self, run, steps):
+        pass
+
+    def advance(self, loss):
+        pass
+
+    def stop_requested(self):
+        return False
+
+
+def in_this_process(**settings):
+    """The last epoch of the same job on one device."""
+    settings = TrainSettings(strategy="none", **settings)
+    (run,) = job.plan(settings)
+    assert job.train(run, settings, data.load(settings.data), Silent(), run.epochs.append)
+    return run.epochs[-1]
