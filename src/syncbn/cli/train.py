@@ -231,8 +231,8 @@ def _train_by_workers(runs: list[Run], settings: TrainSettings, flag: Flag) -> i
     if code not in {0, EXIT_INTERRUPTED}:
         print(
             f"syncbn: error: training on {settings.replicas_in_sync} {settings.kind} requires that "
-            f"all of them end well. Received: exit code {code}, for the reason above. Remove the cause and train "
-            "again.",
+            f"all of them end well. Received: exit code {code}, for the reason above. Remove "
+            "the cause and train again.",
             file=sys.stderr,
         )
     return code

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["ProgressView", "print_table"]
 
 _SHORT = 10
-_FLOAT32_IN_FLOAT64 = {
+_IN_FLOAT32 = {
     "jax": "BatchNormalization",
     "torch": "BatchNormalization and the products of Dense",
 }
@@ -134,9 +134,9 @@ def _remarks(settings: TrainSettings) -> Iterator[str]:
             "global; local is syncbn.SyncBatchNormalization(group_size=1), each device by its own "
             "part of the batch."
         )
-    if settings.precision == "float64" and settings.backend in _FLOAT32_IN_FLOAT64:
+    in_float32 = _IN_FLOAT32.get(settings.backend)
+    if settings.precision == "float64" and in_float32:
         yield (
-            f"On {FRAMEWORKS[settings.backend]} Keras computes {_FLOAT32_IN_FLOAT64[settings.backend]} "
-            "in float32 whatever the precision. So one device normalizes by the formula itself, in "
-            "float64."
+            f"On {FRAMEWORKS[settings.backend]} Keras computes {in_float32} in float32 whatever "
+            "the precision. So one device normalizes by the formula itself, in float64."
         )
