@@ -28,14 +28,15 @@ def command(*arguments: str) -> list[str]:
 class Job:
     """A job whose temporary files, and so its workers' job folder, are in a folder of its own."""
 
-    def __init__(self, scratch: Path, *arguments: str) -> None:
+    def __init__(self, scratch: Path, *arguments: str, **environment: str) -> None:
         self.scratch = scratch
         self.process = subprocess.Popen(
             command(*arguments),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env={**os.environ, "TMPDIR": str(scratch)},
+            # The tests' own backend is not the job's.
+            env={**os.environ, "TMPDIR": str(scratch), "KERAS_BACKEND": "", **environment},
         )
 
     def worker_pids(self) -> list[int]:
