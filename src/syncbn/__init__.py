@@ -11,6 +11,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from syncbn._backends.torch.gradients import average_gradients
     from syncbn.errors import (
         InputError,
         NotSynchronizableError,
@@ -33,6 +34,7 @@ _MODULE_OF = {
     "SyncbnError": "syncbn.errors",
     "UnsupportedFeatureError": "syncbn.errors",
     "WorkerError": "syncbn.errors",
+    "average_gradients": "syncbn._backends.torch.gradients",
     "average_moving_statistics": "syncbn.multi_worker.moving_statistics",
     "enable_multi_worker": "syncbn.multi_worker",
 }
@@ -48,6 +50,7 @@ __all__ = [
     "SyncbnError",
     "UnsupportedFeatureError",
     "WorkerError",
+    "average_gradients",
     "average_moving_statistics",
     "enable_multi_worker",
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 from types import SimpleNamespace
 from typing import Any
@@ -47,16 +46,22 @@ def aggregates_assignments() -> bool:
     return hasattr(keras.Variable, "_map_aggregation")
 
 
-@functools.cache
+_KNOWN: dict[str, bool] = {}
+
+
 def casts_arrays_unasked() -> bool:
     """Whether Keras casts the NumPy arrays among a call's arguments also with `autocast=False`.
 
     Keras 3.0 does, to the layer's `input_dtype`.
     """
-    converted = keras.DTypePolicy("mixed_float16").convert_input(
-        np.zeros((), "float32"), autocast=False, dtype="float16"
-    )
-    return bool(keras.backend.standardize_dtype(converted.dtype) == "float16")
+    # Not functools.cache: torch.compile looks behind it, and fails there.
+    if "casts_arrays_unasked" not in _KNOWN:
+        converted = keras.DTypePolicy("mixed_float16").convert_input(
+            np.zeros((), "float32"), autocast=False, dtype="float16"
+        )
+        dtype = keras.backend.standardize_dtype(converted.dtype)
+        _KNOWN["casts_arrays_unasked"] = dtype == "float16"
+    return _KNOWN["casts_arrays_unasked"]
 
 
 def counter_dtype() -> str:

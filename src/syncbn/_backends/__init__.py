@@ -15,6 +15,7 @@ says what they offer. Backends never import each other.
 from __future__ import annotations
 
 import importlib
+import sys
 from types import ModuleType
 
 from syncbn.errors import NotSynchronizableError
@@ -36,4 +37,6 @@ def get(keras_backend: str, module: str = "") -> ModuleType:
             f"{sorted(_BACKENDS)}. Received: keras.backend.backend()={keras_backend!r}. "
             "Set the environment variable KERAS_BACKEND to one of them before Keras is imported."
         )
-    return importlib.import_module(f"{_BACKENDS[keras_backend]}.{module}".rstrip("."))
+    name = f"{_BACKENDS[keras_backend]}.{module}".rstrip(".")
+    # Looked up before it is imported: torch.compile cannot trace an import.
+    return sys.modules[name] if name in sys.modules else importlib.import_module(name)
