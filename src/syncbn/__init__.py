@@ -39,6 +39,9 @@ _MODULE_OF = {
     "enable_multi_worker": "syncbn.multi_worker",
 }
 
+# Keras's names of them, which are those of their packages and of syncbn's extras.
+_BACKENDS = ("tensorflow", "jax", "torch")
+
 __all__ = [
     "InputError",
     "NotSynchronizableError",
@@ -56,7 +59,17 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _MODULE_OF:
         raise AttributeError(f"module 'syncbn' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_MODULE_OF[name]), name)
+    try:
+        value = getattr(importlib.import_module(_MODULE_OF[name]), name)
+    except ModuleNotFoundError as error:
+        if error.name not in _BACKENDS:
+            raise
+        raise ModuleNotFoundError(
+            f"syncbn.{name} requires the package {error.name}. Received: no such package. Install "
+            f"it: pip install 'syncbn[{error.name}]'; or choose what Keras runs on by the "
+            f"environment variable KERAS_BACKEND: {', '.join(_BACKENDS)}.",
+            name=error.name,
+        ) from error
     globals()[name] = value
     return value
 
