@@ -7,7 +7,8 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 BIN := .venv/bin
 READY := .venv/ready
 OUTPUT ?= demo-output
-BENCHMARKS ?= layer one_device kernels features training workers accuracy scaling peers memory resnet
+BENCHMARKS ?= layer one_device kernels features training workers accuracy scaling peers memory resnet on_jax \
+	on_torch
 
 .PHONY: help demo test lint types format bench lock test-benchmarks test-models test-scenarios \
 	test-survival test-frameworks test-versions clean
@@ -21,7 +22,7 @@ help:
 	@echo "make test-models    branched models of keras.applications on two workers (4 minutes)"
 	@echo "make test-scenarios Keras's training on replicas and workers, the whole table (20 minutes)"
 	@echo "make test-survival  runs killed at random steps end with the same bits; a long soak"
-	@echo "make test-frameworks the launcher with JAX and torch (5 minutes)"
+	@echo "make test-frameworks the launcher with JAX and torch, torch.compile (6 minutes)"
 	@echo "make test-versions  the contract on older TensorFlow and Keras (30 minutes)"
 	@echo "make lock           resolve requirements.in into requirements.lock"
 	@echo "make clean          remove .venv and every cache"
@@ -44,9 +45,13 @@ demo: $(READY)
 	$(BIN)/syncbn train --compare --model convnet --precision float64 --epochs 3 \
 		--output $(OUTPUT)/convnet
 
-# Two processes, whole files each: what a file prepares once is used by all of its tests.
+# Two processes, whole files each: what a file prepares once is used by all of its tests. Each of
+# Keras's backends apart: a process has one.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 test: lint types
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	KERAS_BACKEND=tensorflow $(PYTEST)
+	KERAS_BACKEND=jax $(PYTEST) tests/contract tests/jax
+	KERAS_BACKEND=torch $(PYTEST) tests/contract tests/torch
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -78,6 +83,7 @@ test-survival: $(READY)
 
 test-frameworks: $(READY)
 	$(BIN)/python tests/frameworks.py
+	KERAS_BACKEND=torch $(BIN)/python -m pytest -m compiling tests/torch
 
 test-scenarios: $(READY)
 	$(BIN)/python -m tests.scenarios

@@ -27,7 +27,7 @@ OWN: dict[str, Callable[[Any, Path], list[str]]] = {
     "accuracy": sections.accuracy,
 }
 # Modules with a section of their own: section(results, images) gives its lines.
-OTHERS = ("kernels_page", "peers_page", "scaling_page")
+OTHERS = ("kernels_page", "frameworks_page", "peers_page", "scaling_page")
 
 WIDTH = 120
 

@@ -17,6 +17,8 @@ NAMES = {
     "keras_local": "Keras, local",
     "fused_local": "fused kernel, local",
     "tf_keras_sync": "tf_keras, synchronized",
+    "keras": "Keras",
+    "native": "torch's own kernel",
 }
 # Told apart by eyes that see no difference of red and green (Okabe and Ito).
 _COLOURS = {

@@ -90,6 +90,18 @@ def _of_a_step(limit: float) -> Any:
     return read
 
 
+def _of_place(place: str, shape: tuple[int, ...], limit: float) -> Any:
+    """A reader of inputs of that shape on JAX or torch, against Keras's layer."""
+
+    def read(document: Any) -> Reached | None:
+        for one in document["results"][place]:
+            if tuple(one.get("shape", one.get("shape_per_process"))) == shape:
+                return _reached(against(one["variants"][OURS], "keras"), limit, unit="times")
+        return None
+
+    return read
+
+
 def _memory(stack: str, own: str, other: str, limit: float) -> Callable[[Any], Reached | None]:
     """A reader of the ratio of two peaks."""
 
@@ -167,6 +179,28 @@ TARGETS = [
         "≤ 0.75 times",
         "memory",
         _memory("deep_stack", "syncbn_output", OURS, 0.75),
+    ),
+    *(
+        Target(
+            f"JAX, 2 processes over loopback, {layers} layers of {list(shape)}, against Keras",
+            f"≥ {limit} times as fast",
+            "on_jax",
+            _of_place("processes", shape, limit),
+        )
+        for layers, shape, limit in (
+            (20, (16, 8, 8, 32), 2.0),
+            (20, (16, 4, 4, 256), 2.0),
+            (3, (16, 56, 56, 64), 1.2),
+        )
+    ),
+    *(
+        Target(
+            f"torch, one process, {list(shape)}, against Keras",
+            "≥ 2.5 times as fast",
+            "on_torch",
+            _of_place("one_process", shape, 2.5),
+        )
+        for shape in ((32, 64, 56, 56), (32, 56, 56, 64))
     ),
     Target(
         "error against float64, at any mean, against Keras `synchronized=True`",

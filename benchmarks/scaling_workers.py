@@ -9,12 +9,9 @@ none is taken off: what is left is the collectives' alone.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,9 +19,9 @@ from typing import Any
 
 import cost_model
 from machine import options
+from processes import add_options, measured_by, tf_config
 from scaling_rounds import quartiles
 from syncbn.bench.timing import take_turns
-from workers import free_ports
 
 __all__ = ["CHAIN", "FITTED", "LAYER_CHAINS", "SIZES", "measure", "summarize"]
 
@@ -102,24 +99,10 @@ def measure(
     workers: int, sizes: Sequence[int], rounds: int, timeout: float
 ) -> dict[str, list[float]]:
     """Seconds of each function in each round; starts the workers and ends whatever is left."""
-    addresses = [f"127.0.0.1:{port}" for port in free_ports(workers)]
-    with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder) / "seconds.json"
-        command = [sys.executable, __file__, "--rounds", str(rounds), "--worker", str(output)]
-        command += ["--sizes", *map(str, sizes)]
-        processes = []
-        try:
-            for index in range(workers):
-                task = {"type": "worker", "index": index}
-                config = {"cluster": {"worker": addresses}, "task": task}
-                environment = {**os.environ, "TF_CONFIG": json.dumps(config)}
-                processes.append(subprocess.Popen(command, env=environment))
-            if processes[0].wait(timeout) != 0:
-                raise RuntimeError(f"the chief ended with {processes[0].returncode}")
-        finally:
-            for process in processes:
-                process.kill()
-        seconds: dict[str, list[float]] = json.loads(output.read_text(encoding="utf-8"))
+    arguments = ["--rounds", str(rounds), "--sizes", *map(str, sizes)]
+    seconds: dict[str, list[float]] = measured_by(
+        __file__, workers, arguments, timeout, tf_config(workers)
+    )
     return seconds
 
 
@@ -198,8 +181,7 @@ def main() -> int:
     parser = options(__doc__, rounds=20)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--sizes", type=int, nargs="*", default=list(SIZES), help="bytes")
-    parser.add_argument("--timeout", type=float, default=120, help="seconds")
-    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    add_options(parser)
     arguments = parser.parse_args()
     if arguments.worker:
         work(arguments.rounds, arguments.sizes, arguments.worker)

@@ -8,36 +8,21 @@ workers. The models take turns, step by step, in the same two processes on 127.0
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import socket
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from machine import options, write
+from processes import add_options, measured_by, tf_config
 
 WORKERS = 2
 LAYERS = 20
 SHAPE = (7, 7, 256)
 BATCH = 8  # on each worker
 BASELINE = "keras_sync"
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that were free a moment ago."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [int(one.getsockname()[1]) for one in sockets]
-    finally:
-        for one in sockets:
-            one.close()
 
 
 def make_step(strategy: Any, make_layer: Callable[[], Any]) -> Callable[[], None]:
@@ -99,33 +84,18 @@ def work(rounds: int, output: Path) -> None:
 
 
 def measure(rounds: int, timeout: float) -> dict[str, dict[str, float]]:
-    """Start the workers, wait, and end whatever is left of them."""
-    addresses = [f"127.0.0.1:{port}" for port in free_ports(WORKERS)]
-    with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder) / "figures.json"
-        processes = []
-        for index in range(WORKERS):
-            task = {"type": "worker", "index": index}
-            config = {"cluster": {"worker": addresses}, "task": task}
-            command = [sys.executable, __file__, "--rounds", str(rounds), "--worker", str(output)]
-            environment = {**os.environ, "TF_CONFIG": json.dumps(config)}
-            processes.append(subprocess.Popen(command, env=environment))
-        try:
-            for process in processes:
-                if process.wait(timeout) != 0:
-                    raise RuntimeError(f"a worker ended with {process.returncode}")
-        finally:
-            for process in processes:
-                process.kill()
-        figures: dict[str, dict[str, float]] = json.loads(output.read_text(encoding="utf-8"))
+    """Start the workers and read the chief's figures."""
+    arguments = ["--rounds", str(rounds)]
+    figures: dict[str, dict[str, float]] = measured_by(
+        __file__, WORKERS, arguments, timeout, tf_config(WORKERS)
+    )
     return figures
 
 
 def main() -> int:
     """Measure, print a table, write the JSON."""
     parser = options(__doc__, rounds=60)
-    parser.add_argument("--timeout", type=float, default=600, help="seconds")
-    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    add_options(parser)
     arguments = parser.parse_args()
     if arguments.worker:
         work(arguments.rounds, arguments.worker)

@@ -2,23 +2,43 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
+from types import SimpleNamespace
 from typing import Any
 
 import keras
 import numpy as np
+from keras import ops
 
 from syncbn.errors import UnsupportedFeatureError
 
 __all__ = [
     "aggregates_assignments",
     "casts_arrays_unasked",
+    "counter_dtype",
     "data_adapter",
     "excludes_from_autocast",
     "in_symbolic_scope",
     "without_autocast",
+    "xp",
 ]
+
+
+def _maximum(tensor: Any, other: Any) -> Any:
+    other = ops.cast(other, tensor.dtype)
+    return ops.where(tensor < other, other, tensor)  # of a NaN it is NaN
+
+
+def _minimum(tensor: Any, other: Any) -> Any:
+    other = ops.cast(other, tensor.dtype)
+    return ops.where(tensor > other, other, tensor)
+
+
+# keras.ops as the pure maths calls it. By Keras's promotion `ops.maximum` of float64 is float32 on
+# every backend but TensorFlow.
+xp = SimpleNamespace(
+    maximum=_maximum, minimum=_minimum, sqrt=ops.sqrt, where=ops.where, zeros_like=ops.zeros_like
+)
 
 
 def aggregates_assignments() -> bool:
@@ -29,16 +49,30 @@ def aggregates_assignments() -> bool:
     return hasattr(keras.Variable, "_map_aggregation")
 
 
-@functools.cache
+_KNOWN: dict[str, bool] = {}
+
+
 def casts_arrays_unasked() -> bool:
     """Whether Keras casts the NumPy arrays among a call's arguments also with `autocast=False`.
 
     Keras 3.0 does, to the layer's `input_dtype`.
     """
-    converted = keras.DTypePolicy("mixed_float16").convert_input(
-        np.zeros((), "float32"), autocast=False, dtype="float16"
-    )
-    return bool(keras.backend.standardize_dtype(converted.dtype) == "float16")
+    # Not functools.cache: torch.compile looks behind it, and fails there.
+    if "casts_arrays_unasked" not in _KNOWN:
+        converted = keras.DTypePolicy("mixed_float16").convert_input(
+            np.zeros((), "float32"), autocast=False, dtype="float16"
+        )
+        dtype = keras.backend.standardize_dtype(converted.dtype)
+        _KNOWN["casts_arrays_unasked"] = dtype == "float16"
+    return _KNOWN["casts_arrays_unasked"]
+
+
+def counter_dtype() -> str:
+    """The dtype of a variable that counts; a float32 stops at 16.7 million.
+
+    JAX has no int64 unless it is asked for one, and warns of each.
+    """
+    return "int32" if keras.backend.backend() == "jax" else "int64"
 
 
 def data_adapter(**data: Any) -> Any:

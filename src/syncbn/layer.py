@@ -14,6 +14,7 @@ from syncbn._backends.interface import Batch, KeptOutput, Scheme
 from syncbn._keras import (
     aggregates_assignments,
     casts_arrays_unasked,
+    counter_dtype,
     excludes_from_autocast,
     in_symbolic_scope,
     without_autocast,
@@ -242,16 +243,16 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
     def build(self, input_shape: Any) -> None:
         """Make the weights: Keras's, in its order, then those of this layer's own arguments."""
         super().build(input_shape)
+        casts_arrays_unasked()  # `input_dtype` asks, also where torch.compile could not find out
         # Keras before 3.13 knows nothing of renorm.
         if self.renorm and not hasattr(self, "renorm_mean"):
             add_renorm_weights(self)
         if self.momentum is None:
-            # An integer: a float32 stops counting at 16.7 million.
             self.num_batches_tracked = self.add_weight(
                 name="num_batches_tracked",
                 shape=(),
                 initializer="zeros",
-                dtype="int64",
+                dtype=counter_dtype(),
                 trainable=False,
                 autocast=False,
             )
@@ -273,7 +274,7 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
     def input_dtype(self) -> str:
         """The dtype that Keras converts inputs to; here `call` does so, with the inputs alone."""
         # What Keras casts all the same, `weights` too, is not to lose a digit on the way.
-        return "float64" if casts_arrays_unasked() else str(super().input_dtype)
+        return "float64" if casts_arrays_unasked() else str(self.compute_dtype)
 
     def call(
         self,

@@ -6,6 +6,7 @@ from typing import Any
 
 from keras import ops
 
+from syncbn._keras import xp
 from syncbn.moments import Moments
 
 __all__ = ["add_renorm_weights", "move_statistics"]
@@ -27,8 +28,8 @@ def move_statistics(layer: Any, moments: Moments) -> None:
         moving.assign(moved)
         return moved
 
-    variance = moments.variance(ops)
-    kept = moments.unbiased_variance(ops) if layer.unbiased_moving_variance else variance
+    variance = moments.variance(xp)
+    kept = moments.unbiased_variance(xp) if layer.unbiased_moving_variance else variance
     share = any_element * _next_share(layer, any_element)
     move(layer.moving_mean, moments.mean, share)
     if not layer.renorm:
@@ -39,7 +40,7 @@ def move_statistics(layer: Any, moments: Moments) -> None:
     move(layer.renorm_stddev, ops.sqrt(variance + layer.epsilon), renorm_share)
     # As Keras: the deviation moves, and inference's variance is its square.
     deviation = move(layer.moving_stddev, ops.sqrt(kept + layer.epsilon), share)
-    squared = ops.maximum(deviation * deviation - layer.epsilon, ops.zeros_like(deviation))
+    squared = xp.maximum(deviation * deviation - layer.epsilon, 0.0)
     old = ops.cast(layer.moving_variance, dtype)
     layer.moving_variance.assign(ops.where(moments.count > 0, squared, old))
 
@@ -49,7 +50,8 @@ def _next_share(layer: Any, any_element: Any) -> Any:
     if layer.momentum is not None:
         return 1.0 - layer.momentum
     batches = layer.num_batches_tracked
-    batches.assign(ops.cast(batches, "int64") + ops.cast(ops.max(any_element), "int64"))
+    dtype = batches.dtype
+    batches.assign(ops.cast(batches, dtype) + ops.cast(ops.max(any_element), dtype))
     return 1.0 / ops.cast(ops.maximum(batches, 1), any_element.dtype)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from keras import ops
 
+from syncbn._keras import xp
 from syncbn.moments import Moments
 from syncbn.renorm import corrections
 
@@ -31,7 +32,7 @@ def affine_of(layer: Any, moments: Moments) -> tuple[Any | None, Any | None]:
         return gamma, beta
     dtype = moments.mean.dtype
     mean, deviation = (ops.cast(w, dtype) for w in (layer.renorm_mean, layer.renorm_stddev))
-    limited = corrections(moments, mean, deviation, layer.epsilon, layer._clipping, ops)
+    limited = corrections(moments, mean, deviation, layer.epsilon, layer._clipping, xp)
     r, d = map(ops.stop_gradient, limited)
     if gamma is not None:
         gamma = ops.cast(gamma, dtype)

@@ -113,6 +113,40 @@ def test_frameworks_are_imported_in_the_backends_alone(path):
     assert found <= allowed
 
 
+BACKENDS = ("jax", "tensorflow", "torch")
+
+
+@pytest.mark.parametrize("own", BACKENDS)
+def test_no_backend_names_another(own):
+    paths = sorted((SOURCE / "_backends" / own).glob("*.py"))
+    assert len(paths) > 3
+    others = {*BACKENDS} - {own}
+    for path in paths:
+        for imported in imports_of(path):
+            parts = imported.split(".")
+            assert parts[0] not in others, f"{path.name} imports {imported}"
+            if parts[:2] == ["syncbn", "_backends"]:
+                assert parts[2] not in others, f"{path.name} imports {imported}"
+
+
+@pytest.mark.parametrize("own", BACKENDS)
+def test_training_loads_the_framework_that_keras_runs_on_and_no_other(own):
+    """Keras itself imports JAX where there is one, whatever it runs on."""
+    code = f"""
+import keras
+{LOADED}
+import syncbn
+syncbn.SyncBatchNormalization()(keras.ops.ones((4, 3)), training=True)
+{LOADED}"""
+    before, after = (
+        {*json.loads(line)} & {*BACKENDS}
+        for line in python(code, KERAS_BACKEND=own).splitlines()
+        if line.startswith("[")
+    )
+    assert own in after
+    assert after == before
+
+
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(SOURCE)))
 def test_the_repair_of_keras_hangs_off_keras_alone(path):
     """It knows no layer of ours, and nothing of ours needs it: either can go upstream or away."""
