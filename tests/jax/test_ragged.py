@@ -121,7 +121,7 @@ def test_weights_of_classes_are_those_of_fit(four_devices):
 
 
 def test_what_fills_the_last_rows_is_never_seen(four_devices, expected, monkeypatch):
-    monkeypatch.setattr(ragged_array, "filled", lambda local, shape: np.full(shape, np.nan, "f4"))
+    monkeypatch.setattr(ragged_array, "filled", lambda _, shape: np.full(shape, np.nan, "f4"))
     with four_devices.scope():
         assert_equal(train(make_model(), as_arrays()), expected)
 
