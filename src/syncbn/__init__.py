@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from syncbn.layer import SyncBatchNormalization
     from syncbn.multi_worker import enable_multi_worker
     from syncbn.multi_worker.moving_statistics import average_moving_statistics
+    from syncbn.ragged import distribute_dataset
 
 __version__ = "0.1.0"
 
@@ -36,6 +37,7 @@ _MODULE_OF = {
     "WorkerError": "syncbn.errors",
     "average_gradients": "syncbn._backends.torch.gradients",
     "average_moving_statistics": "syncbn.multi_worker.moving_statistics",
+    "distribute_dataset": "syncbn.ragged",
     "enable_multi_worker": "syncbn.multi_worker",
 }
 
@@ -52,6 +54,7 @@ __all__ = [
     "WorkerError",
     "average_gradients",
     "average_moving_statistics",
+    "distribute_dataset",
     "enable_multi_worker",
 ]
 
