@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from syncbn.layer import SyncBatchNormalization
     from syncbn.multi_worker import enable_multi_worker
     from syncbn.multi_worker.moving_statistics import average_moving_statistics
+    from syncbn.ragged import distribute_dataset
 
 __version__ = "0.1.0"
 
@@ -36,8 +37,12 @@ _MODULE_OF = {
     "WorkerError": "syncbn.errors",
     "average_gradients": "syncbn._backends.torch.gradients",
     "average_moving_statistics": "syncbn.multi_worker.moving_statistics",
+    "distribute_dataset": "syncbn.ragged",
     "enable_multi_worker": "syncbn.multi_worker",
 }
+
+# Keras's names of them, which are those of their packages and of syncbn's extras.
+_BACKENDS = ("tensorflow", "jax", "torch")
 
 __all__ = [
     "InputError",
@@ -49,6 +54,7 @@ __all__ = [
     "WorkerError",
     "average_gradients",
     "average_moving_statistics",
+    "distribute_dataset",
     "enable_multi_worker",
 ]
 
@@ -56,7 +62,17 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _MODULE_OF:
         raise AttributeError(f"module 'syncbn' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_MODULE_OF[name]), name)
+    try:
+        value = getattr(importlib.import_module(_MODULE_OF[name]), name)
+    except ModuleNotFoundError as error:
+        if error.name not in _BACKENDS:
+            raise
+        raise ModuleNotFoundError(
+            f"syncbn.{name} requires the package {error.name}. Received: no such package. Install "
+            f"it: pip install 'syncbn[{error.name}]'; or choose what Keras runs on by the "
+            f"environment variable KERAS_BACKEND: {', '.join(_BACKENDS)}.",
+            name=error.name,
+        ) from error
     globals()[name] = value
     return value
 

@@ -1,13 +1,12 @@
 """Wherever JAX has replicas the layer gives what one device gives: every context, every feature."""
 
+import jax
 import keras
 import numpy as np
 import pytest
 from tests.contract.test_features import CLIPPING, random_masks, random_weights
 from tests.harness import assert_close, assert_equals_one_device, make_case, observe
 from tests.replicas.jax import DISTRIBUTED, MAPPED, distributed, make_layer
-
-import jax
 
 CONTEXTS = MAPPED + DISTRIBUTED
 

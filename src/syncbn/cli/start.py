@@ -25,11 +25,13 @@ def start_framework(command: str, backend: str, extras: str = "") -> None:
         InputError: it is not there, or Keras is to run on something else.
     """
     name = FRAMEWORKS[backend]
-    if os.environ.setdefault("KERAS_BACKEND", backend) != backend:
+    found = os.environ.get("KERAS_BACKEND") or backend
+    if found != backend:
         raise InputError(
             f"syncbn {command} requires Keras on {name}. Received: the environment variable "
-            f"KERAS_BACKEND={os.environ['KERAS_BACKEND']}. Unset it."
+            f"KERAS_BACKEND={found}. Unset it."
         )
+    os.environ["KERAS_BACKEND"] = backend
     # TensorFlow's notices about its own build would stand between the user and the table.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     # And torch's about the names of hosts, of which a network of the workers' own has none.

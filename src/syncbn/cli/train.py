@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from syncbn.cli.interrupt import Flag, stop_flag
+from syncbn.cli.quiet import without_start_notices
 from syncbn.cli.start import FRAMEWORKS, start_framework
 from syncbn.errors import InputError
 
@@ -204,7 +205,8 @@ def _train_and_report(settings: TrainSettings, folder: Path, flag: Flag) -> int:
         model.set_weights(runs[0].epochs[-1].weights)
         moving = [not variable.trainable for variable in model.weights]
         rows = comparison.rows(finished, moving)
-        paths = report.write(folder, settings, finished, rows, model, moving)
+        with without_start_notices():  # Keras loads TensorFlow to save a model, where there is one
+            paths = report.write(folder, settings, finished, rows, model, moving)
         print_table(settings, dataset, rows, paths)
     if complete:
         return 0
@@ -229,8 +231,8 @@ def _train_by_workers(runs: list[Run], settings: TrainSettings, flag: Flag) -> i
     if code not in {0, EXIT_INTERRUPTED}:
         print(
             f"syncbn: error: training on {settings.replicas_in_sync} {settings.kind} requires that "
-            f"all of them end well. Received: exit code {code}, for the reason above. Remove the cause and train "
-            "again.",
+            f"all of them end well. Received: exit code {code}, for the reason above. Remove "
+            "the cause and train again.",
             file=sys.stderr,
         )
     return code

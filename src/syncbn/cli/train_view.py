@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 __all__ = ["ProgressView", "print_table"]
 
 _SHORT = 10
+_IN_FLOAT32 = {
+    "jax": "BatchNormalization",
+    "torch": "BatchNormalization and the products of Dense",
+}
 
 
 class ProgressView:
@@ -115,17 +119,24 @@ def print_table(
             "one device again, each batch back to front; its Δ is rounding alone, amplified by "
             "training."
         )
-        if settings.backend == "jax" and settings.replicas_in_sync > 1:
-            console.print(
-                "On JAX keras is keras.layers.BatchNormalization, which keras.distribution makes "
-                "global; local is syncbn.SyncBatchNormalization(group_size=1), each device by its "
-                "own part of the batch."
-            )
-        if settings.precision == "float64" and settings.backend != "tensorflow":
-            console.print(
-                f"On {FRAMEWORKS[settings.backend]} keras.layers.BatchNormalization rounds float64 "
-                "to float32; one device normalizes in float64 by the formula itself."
-            )
+        for remark in _remarks(settings):
+            console.print(remark)
     elif not settings.compare:
         console.print("Add --compare to see how far this is from one device.")
     console.print("Written: " + ", ".join(str(path) for path in paths), soft_wrap=True)
+
+
+def _remarks(settings: TrainSettings) -> Iterator[str]:
+    """What is of Keras's backend in the figures of a comparison."""
+    if settings.backend == "jax" and settings.replicas_in_sync > 1:
+        yield (
+            "On JAX keras is keras.layers.BatchNormalization, which keras.distribution makes "
+            "global; local is syncbn.SyncBatchNormalization(group_size=1), each device by its own "
+            "part of the batch."
+        )
+    in_float32 = _IN_FLOAT32.get(settings.backend)
+    if settings.precision == "float64" and in_float32:
+        yield (
+            f"On {FRAMEWORKS[settings.backend]} Keras computes {in_float32} in float32 whatever "
+            "the precision. So one device normalizes by the formula itself, in float64."
+        )

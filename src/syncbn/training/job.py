@@ -70,11 +70,7 @@ def plan(settings: TrainSettings) -> list[Run]:
         runs.append(Run("one device", "reference", 1, []))
         # Training amplifies rounding, the more the longer: this run says how far.
         runs.append(Run("reordered", "reference", 1, [], reordered=True))
-        runs += [
-            _on_replicas(norm, settings)
-            for norm in settings.norms
-            if norm != settings.norm
-        ]
+        runs += [_on_replicas(norm, settings) for norm in settings.norms if norm != settings.norm]
     return runs
 
 

@@ -89,7 +89,7 @@ def build(
 
 
 def draw_kernels(model: Any, seed: int) -> None:
-    """Draw the kernels anew as Keras's default does, uniform by Glorot, but the same on any backend.
+    """Draw the kernels anew by Keras's default, uniform by Glorot, but the same on any backend.
 
     From one seed Keras draws other numbers on each: its generators are the frameworks'.
     """

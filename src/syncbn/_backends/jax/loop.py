@@ -53,9 +53,7 @@ class ClassifierLoop(Loop):
         in_parts = self._mesh is not None and size % self._mesh.size == 0
         # What is traced for a batch that lies whole on every device is one device's step.
         with _distributed_by(self._strategy if in_parts else None):
-            self._state, sums = self._step(
-                self._state, *self._laid_out(batch.x, batch.y, in_parts)
-            )
+            self._state, sums = self._step(self._state, *self._laid_out(batch.x, batch.y, in_parts))
         losses, hits = np.asarray(sums)
         return float(losses), float(hits)
 

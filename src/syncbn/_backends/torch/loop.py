@@ -37,6 +37,8 @@ class ClassifierLoop(Loop):
         self._call: Any = self.model
         if strategy is not None:
             self._call = DistributedDataParallel(self.model, process_group=strategy)
+            # A lambda: torch refuses annotations that it does not know, as strings.
+            self._call.register_comm_hook(strategy, lambda group, bucket: _summed(group, bucket))
 
     def step(self, batch: Batch, size: int) -> tuple[float, float]:
         """One step of the optimizer; the sums over the batch of losses and of right answers."""
@@ -62,8 +64,7 @@ class ClassifierLoop(Loop):
         probabilities = self._call(x, training=True)
         losses = keras.losses.sparse_categorical_crossentropy(y, probabilities)
         total = losses.sum()
-        # DistributedDataParallel averages the gradients over the processes, however much each had.
-        self._optimizer.scale_loss(total * (self._replicas / size)).backward()
+        self._optimizer.scale_loss(total / size).backward()
         variables = self.model.trainable_variables
         with torch.no_grad():
             self._optimizer.apply([variable.value.grad for variable in variables], variables)
@@ -77,3 +78,13 @@ class ClassifierLoop(Loop):
         """Probabilities in inference, in this process."""
         with torch.no_grad():
             return ops.convert_to_numpy(self.model(ops.convert_to_tensor(x), training=False))
+
+
+def _summed(group: Any, bucket: Any) -> Any:
+    """The sum of the gradients over the processes; by default torch averages them.
+
+    Each process's gradients are then a part of what one device has. Multiplied by the number of
+    processes beforehand, in float16 they would overflow where those of one device do not.
+    """
+    work = distributed.all_reduce(bucket.buffer(), group=group, async_op=True)
+    return work.get_future().then(lambda future: future.value()[0])
