@@ -21,7 +21,9 @@ def examples(infinite: int | None = None) -> tuple[Any, Any]:
     return x, y.astype("int32")
 
 
-def trained(strategy: Any, norm: str, policy: str, infinite: int | None = None) -> list[Any]:
+def trained(
+    strategy: Any, norm: str, policy: str, infinite: int | None = None, scale: float = 2.0**15
+) -> list[Any]:
     """The weights after an epoch; with an infinite example after its first batch alone.
 
     Args:
@@ -29,6 +31,7 @@ def trained(strategy: Any, norm: str, policy: str, infinite: int | None = None) 
         norm: as `models.normalization_of` knows it, over two replicas.
         policy: a dtype policy.
         infinite: the number of an example of the first batch.
+        scale: of the loss at first, in mixed_float16.
     """
 
     def make_model() -> Any:
@@ -40,7 +43,7 @@ def trained(strategy: Any, norm: str, policy: str, infinite: int | None = None) 
     def make_optimizer() -> Any:
         optimizer = keras.optimizers.SGD(0.01)
         mixed = policy == "mixed_float16"
-        return keras.optimizers.LossScaleOptimizer(optimizer) if mixed else optimizer
+        return keras.optimizers.LossScaleOptimizer(optimizer, scale) if mixed else optimizer
 
     loop_class = _backends.get(keras.backend.backend(), "loop").ClassifierLoop
     loop = loop_class(strategy, make_model, make_optimizer)

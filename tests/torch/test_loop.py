@@ -7,9 +7,9 @@ from tests.replicas.torch import POOL
 from torch import distributed
 
 
-def part(norm, policy, infinite=None):
+def part(*arguments):
     """What one of the processes ends with."""
-    return trained(distributed.group.WORLD, norm, policy, infinite)
+    return trained(distributed.group.WORLD, *arguments)
 
 
 def by_two(*arguments):
@@ -24,6 +24,22 @@ def test_uneven_and_empty_parts_train_to_one_device_with_loss_scaling_too(policy
     assert largest_difference(first, reference) < bound
     for own, other in zip(first, second, strict=True):
         np.testing.assert_array_equal(own, other)
+
+
+def test_the_loss_may_be_scaled_as_far_as_on_one_device():
+    """Gradients that a process multiplies by the number of processes overflow half a scale before.
+
+    By powers of two up to where one device skips steps too.
+    """
+    start = trained(None, "reference", "mixed_float16", 0)
+    kernels = []
+    for exponent in range(15, 25):
+        reference = trained(None, "reference", "mixed_float16", None, 2.0**exponent)
+        first, _ = by_two("sync", "mixed_float16", None, 2.0**exponent)
+        assert largest_difference(first, reference) < 1e-3, exponent
+        kernels.append(reference[0])
+    assert largest_difference(kernels[:1], start[:1]) > 1e-3
+    assert largest_difference(kernels[-1:], start[:1]) == 0
 
 
 def test_local_statistics_end_elsewhere():
