@@ -37,7 +37,7 @@ def data() -> tuple[Any, Any]:
     rng = np.random.default_rng(7)
     scale = np.linspace(1, 3, ROWS)[:, None]
     x = (rng.normal(size=(ROWS, 6)) * scale + scale).astype("float32")
-    return x, (x[:, :1] * x[:, 1:2] + rng.normal(size=(ROWS, 1))).astype("float32")
+    return x, np.sin(x[:, :1] * x[:, 1:2] + rng.normal(size=(ROWS, 1))).astype("float32")
 
 
 def make_model(**arguments: Any) -> Any:
@@ -55,7 +55,7 @@ def make_model(**arguments: Any) -> Any:
         keras.layers.Dense(1),
     ]
     model = keras.Sequential([keras.Input((6,)), *layers])
-    optimizer = keras.optimizers.SGD(0.05, momentum=0.9)
+    optimizer = keras.optimizers.SGD(0.02, momentum=0.9)
     model.compile(optimizer, "mse", metrics=["mae"], **arguments)
     return model
 
@@ -161,8 +161,8 @@ def main() -> None:
         except Exception as error:  # noqa: BLE001 - the test reads what it was
             result = {"error": f"{type(error).__name__}: {error}"}
         print("RESULT", json.dumps([case, result]), flush=True)
-    if any("error" in case for case in cases):
-        os._exit(0)
+        if "error" in result:
+            os._exit(0)  # JAX's own way out waits for the other process
 
 
 if __name__ == "__main__":

@@ -103,10 +103,7 @@ def ragged_array(local: Any, places: Places, shard: int, slots: int, sharding: A
     """
     local = np.asarray(local)
     positions = places.positions[shard]
-    sent = np.empty((slots * places.sent_rows, *local.shape[1:]), local.dtype)
-    # XLA masks what lies beyond the n rows. Should a kernel compute on it all the same, then on
-    # numbers that the model can bear: a row of the batch once more.
-    sent[...] = local[:1] if len(local) else np.zeros((), local.dtype)
+    sent = filled(local, (slots * places.sent_rows, *local.shape[1:]))
     sent[positions] = local
     moves = np.concatenate([places.sources, places.targets])
     moves = np.tile(moves, slots).reshape(-1, *[1] * (local.ndim - 1))
@@ -114,3 +111,11 @@ def ragged_array(local: Any, places: Places, shard: int, slots: int, sharding: A
         moves = np.zeros((slots, *[1] * (local.ndim - 1)), np.int32)
     facts = _Facts(places.rows, places.slot_rows, places.sent_rows, len(places.sources), sharding)
     return RaggedArray(sent, moves, facts)
+
+
+def filled(local: Any, shape: tuple[int, ...]) -> Any:
+    """What lies beyond the rows: their first once more.
+
+    XLA masks it. Should a kernel compute on it all the same, then on numbers that the model bears.
+    """
+    return np.broadcast_to(local[:1] if len(local) else np.zeros((), local.dtype), shape).copy()
