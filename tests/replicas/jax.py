@@ -67,9 +67,7 @@ def make_step(layer: Any) -> Any:
 
     def step(state: State, x: Any, dy: Any, **call_arguments: Any) -> Any:
         def forward(x: Any, trainable: Any) -> Any:
-            return layer.stateless_call(
-                trainable, state.others, x, training=True, **call_arguments
-            )
+            return layer.stateless_call(trainable, state.others, x, training=True, **call_arguments)
 
         y, pull_back, others = jax.vjp(forward, x, state.trainable, has_aux=True)
         dx, of_weights = pull_back(dy.astype(y.dtype))
@@ -266,7 +264,7 @@ def _observed(case: Case, layer: Any, y: Any, dx: Any, of_weights: Any, others: 
 
 
 def copies(value: Any, replicas: int) -> list[np.ndarray]:
-    """What each replica holds of a vector, by the devices' own memory, whatever JAX takes it for."""
+    """What each replica holds of a vector, by its device's memory, whatever JAX takes it for."""
     if value.ndim == 2:
         return [*np.asarray(value)]
     # Split over another axis, each place on it has copies of its own.

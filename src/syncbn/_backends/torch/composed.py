@@ -14,7 +14,7 @@ from syncbn._backends.torch.namespace import xp
 from syncbn._backends.torch.scaling import Correction, CotangentSums, Kernel, Scaling
 from syncbn.moments import Moments, as_divisor
 
-__all__ = ["about", "composed", "where_counted"]
+__all__ = ["composed", "where_counted", "with_few_digits"]
 
 
 def where_counted(weights: Any | None, x: Any) -> Any:
@@ -38,13 +38,24 @@ def _counts(x: Any, weights: Any | None, dtype: Any) -> Any:
     return count[0] if weights.shape[-1] == 1 else count
 
 
-def about(mean: Any, x: Any, weights: Any | None, count: Any) -> Moments:
+def _about(mean: Any, x: Any, weights: Any | None, count: Any) -> Moments:
     """Moments in the dtype of the count, from a mean that is nearly right."""
     deviations = where_counted(weights, x - mean)
     weighted = deviations if weights is None else weights * deviations
     rest = _sum(weighted).to(count.dtype) / as_divisor(count, xp)
     m2 = _sum(weighted * deviations).to(count.dtype) - count * rest * rest
     return Moments(count, mean.to(count.dtype) + rest, torch.clamp(m2, min=0))
+
+
+def with_few_digits(mean: Any) -> Any:
+    """The mean to twelve bits, so that `x − mean` is rounded seldom.
+
+    With more digits than x has, all x between two powers of two would be rounded the same way, and
+    their mean with them.
+    """
+    if mean.dtype != torch.float32:
+        return mean
+    return (mean.view(torch.int32) & -(2**12)).view(torch.float32)
 
 
 def _moments(x: Any, weights: Any | None, dtype: Any) -> Moments:
@@ -57,7 +68,7 @@ def _moments(x: Any, weights: Any | None, dtype: Any) -> Moments:
         counted = weights * counted
     # What is taken for the mean here does not change the moments, nor their derivative.
     rough = (_sum(counted.detach()).to(dtype) / as_divisor(count, xp)).to(x.dtype)
-    return about(rough, x, weights, count)
+    return _about(with_few_digits(rough), x, weights, count)
 
 
 def _apply(x: Any, scaling: Scaling) -> Any:

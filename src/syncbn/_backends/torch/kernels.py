@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from syncbn._backends.torch.composed import composed
+from syncbn._backends.torch.cuda import cuda
 from syncbn._backends.torch.native import native
 from syncbn._backends.torch.scaling import Kernel
 
@@ -20,6 +21,7 @@ def kernel_for(x: Any, weights: Any | None) -> Kernel:
     """
     if weights is not None or torch.compiler.is_compiling() or x.numel() == 0:
         return composed
-    if x.device.type == "cpu":
-        return native
-    return composed
+    return _BY_DEVICE.get(x.device.type, composed)
+
+
+_BY_DEVICE = {"cpu": native, "cuda": cuda}

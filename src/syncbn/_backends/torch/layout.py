@@ -11,26 +11,28 @@ __all__ = ["Layout", "pieces"]
 
 
 class Layout(NamedTuple):
-    """Where in memory the channels are, of a tensor that has them last by its shape.
+    """The order of the axes in memory, of a tensor that has its channels last by its shape.
 
     A convolution of Keras on torch returns channels that are last by the shape alone: in memory
     they are in front of the pixels, and a copy would cost as much as a pass.
     """
 
-    position: int  # of the channels among the axes in the order of memory
+    order: tuple[int, ...]  # the axes of the tensor
+    position: int  # of the channels among them
     shape: tuple[int, ...]  # in that order
 
     @classmethod
     def of(cls, x: Any) -> Layout:
-        """The layout of x; of one that has no order, or another, that of a copy with channels last.
+        """The layout of x; of one with gaps in its memory, that of a copy.
 
         Args:
-            x: at least one axis, the channels last.
+            x: at least two axes, the channels last.
         """
-        positions = range(x.dim() - 1, -1, -1)
-        lying = (p for p in positions if x.movedim(-1, p).is_contiguous())
-        position = next(lying, x.dim() - 1)
-        return cls(position, tuple(x.movedim(-1, position).shape))
+        order = tuple(range(x.dim()))
+        if not x.is_contiguous():
+            lying = tuple(sorted(order, key=lambda axis: -x.stride(axis)))
+            order = lying if x.permute(lying).is_contiguous() else order
+        return cls(order, order.index(x.dim() - 1), tuple(x.shape[axis] for axis in order))
 
     def view(self, x: Any) -> Any:
         """The tensor as (outer, channels, inner), where inner is 1 as (rows, channels)."""
@@ -38,11 +40,12 @@ class Layout(NamedTuple):
         sizes = [math.prod(outer), channels]
         if inner:
             sizes.append(math.prod(inner))
-        return x.movedim(-1, self.position).reshape(sizes)
+        return x.permute(self.order).reshape(sizes)
 
     def restored(self, view: Any) -> Any:
         """The shape of the tensor back, of the same memory."""
-        return view.view(self.shape).movedim(self.position, -1)
+        back = sorted(range(len(self.order)), key=self.order.__getitem__)
+        return view.view(self.shape).permute(back)
 
     def vector(self, vector: Any) -> Any:
         """A vector of the channels, for broadcasting against the view."""
