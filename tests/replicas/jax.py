@@ -67,9 +67,7 @@ def make_step(layer: Any) -> Any:
 
     def step(state: State, x: Any, dy: Any, **call_arguments: Any) -> Any:
         def forward(x: Any, trainable: Any) -> Any:
-            return layer.stateless_call(
-                trainable, state.others, x, training=True, **call_arguments
-            )
+            return layer.stateless_call(trainable, state.others, x, training=True, **call_arguments)
 
         y, pull_back, others = jax.vjp(forward, x, state.trainable, has_aux=True)
         dx, of_weights = pull_back(dy.astype(y.dtype))

@@ -47,9 +47,7 @@ def exchange(
         return exchanged.own, exchanged.union
     refuse_compilation(layer, "nan_check=True", "while you look for the NaN")
     fault = _not_finite(local) + 2 * _not_finite(state.values())
-    exchanged = collectives.exchange(
-        local, replicas, groups, torch.as_tensor(fault).to(local.mean)
-    )
+    exchanged = collectives.exchange(local, replicas, groups, torch.as_tensor(fault).to(local.mean))
     assert exchanged.faults is not None
     faults = [int(number) for number in exchanged.faults.tolist()]
     if any(faults):

@@ -67,9 +67,7 @@ def normalize(
     kernel = kernel_for(x, weights)
     with torch.no_grad():
         local = kernel.moments(x, weights, collectives.moments_dtype(x.device))
-        moments, union = health.exchange(
-            local, replicas, groups, batch.state, scheme.checked_layer
-        )
+        moments, union = health.exchange(local, replicas, groups, batch.state, scheme.checked_layer)
     dtype = statistics_dtype(x.dtype)
     ones = torch.ones_like(moments.mean, dtype=dtype)
     gamma, beta = affine(moments)
@@ -92,8 +90,10 @@ def channels_last(tensor: Any, axis: int) -> Any:
 
 def channels_back(tensor: Any, inputs: Any, axis: int) -> Any:
     """The channels where they are in the inputs."""
-    return tensor.movedim(-1, axis).view(inputs.shape) if inputs.dim() == 1 else (
-        tensor.movedim(-1, axis)
+    return (
+        tensor.movedim(-1, axis).view(inputs.shape)
+        if inputs.dim() == 1
+        else (tensor.movedim(-1, axis))
     )
 
 
