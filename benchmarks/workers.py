@@ -29,7 +29,6 @@ def make_step(strategy: Any, make_layer: Callable[[], Any]) -> Callable[[], None
     """A step of fit of a model of nothing but such layers, relu between them."""
     import keras
     import numpy as np
-
     import tensorflow as tf
 
     with strategy.scope():
@@ -62,8 +61,9 @@ def work(rounds: int, output: Path) -> None:
     from layer import interleaved
 
     import keras  # isort: skip
-    import syncbn
     import tensorflow as tf
+
+    import syncbn
     from syncbn.multi_worker.rings import numbers
 
     strategy = tf.distribute.MultiWorkerMirroredStrategy()

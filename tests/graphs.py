@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tensorflow as tf
+
 from tests.replicas.tensorflow import per_replica, strategy_for
 
 

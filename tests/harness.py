@@ -10,8 +10,36 @@ from typing import Any, NamedTuple
 import keras
 import ml_dtypes
 import numpy as np
+import pytest
 
+import syncbn
 from tests import oracle
+
+# The shape of an example, and the axis of the channels.
+RANKS_AND_AXES = [
+    ((6,), -1),
+    ((5, 6), -1),
+    ((5, 6), 1),
+    ((6, 5), 1),
+    ((4, 5, 6), -1),
+    ((6, 4, 5), 1),
+    ((4, 6, 5), 2),
+    ((2, 3, 4, 6), -1),
+    ((6, 2, 3, 4), 1),
+]
+
+
+# Replicas, and what they are grouped by.
+PARTITIONS = [
+    (4, {"group_size": 1}),
+    (4, {"group_size": 2}),
+    (4, {"group_size": 4}),
+    (6, {"group_size": 3}),
+    (3, {"group_assignment": [[2], [1, 0]]}),
+    (4, {"group_assignment": [[3, 0], [1, 2]]}),
+    (4, {"group_assignment": ((0,), (1,), (2, 3))}),
+    (2, {"group_assignment": [[1], [0]]}),
+]
 
 
 class Observed(NamedTuple):
@@ -21,6 +49,14 @@ class Observed(NamedTuple):
     beta_gradients: list[np.ndarray]
     moving_means: list[np.ndarray]
     moving_variances: list[np.ndarray]
+    # Every weight of the layer after the step, by name; one a replica.
+    weights: Mapping[str, list[np.ndarray]] = MappingProxyType({})
+
+    def state(self) -> dict[str, np.ndarray]:
+        """What the next step of `observe` starts from, of a layer whose replicas agree."""
+        for name, copies in self.weights.items():
+            assert len({copy.tobytes() for copy in copies}) == 1, f"{name} differs on replicas"
+        return {name: copies[0] for name, copies in self.weights.items()}
 
 
 class Case(NamedTuple):
@@ -113,23 +149,91 @@ def make_case(
     )
 
 
+def masked_case(shapes: list[tuple[int, ...]], kept: float = 0.6, **arguments: Any) -> Case:
+    """A case with so large a share of its elements left by the masks."""
+    rng = np.random.default_rng(3)
+    masks = [rng.random(shape[:-1]) < kept for shape in shapes]
+    return make_case(shapes, **arguments)._replace(masks=masks)
+
+
+def shapes_around(axis: int, channels: int) -> list[tuple[int, ...]]:
+    """Of two replicas, with so many channels on the axis."""
+    shape = [5, 4]
+    shape.insert(2 if axis == -1 else axis - 1, channels)
+    return [(9, *shape), (7, *shape)]
+
+
+def grouped_case(replicas: int, **options: Any) -> Case:
+    """Replicas with more and more examples each."""
+    return make_case([(5 + 3 * r, 6, 4) for r in range(replicas)])._replace(options=options)
+
+
 def dtype_of(name: str) -> Any:
     """NumPy's dtype of that name; NumPy itself has no bfloat16."""
     return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
 
 
 def observe(case: Case, *, mode: str = "graph", **arguments: Any) -> Observed:
-    """What the replicas see in one training step, on the backend that Keras runs on.
+    """What the replicas see in one step, on the backend that Keras runs on.
 
     Args:
         case: data and weights; as many replicas as it has parts.
         mode: "graph" or "eager": compiled as a step is by the framework, or not.
-        **arguments: `dtype`, the layer's policy, by default the data's own; further ones of the
-            layer, or of the backend's own `observe`.
+        **arguments: of the backend's own `observe`, each of them:
+            `dtype`: the layer's policy, by default the data's own;
+            `training`: what the layer is called with, by default True;
+            `state`: values of the layer's weights by name, which it holds before the step;
+            any other is an argument of the layer, as `trainable`, which holds for the step.
     """
     backend = importlib.import_module(f"tests.replicas.{keras.backend.backend()}")
     observed: Observed = backend.observe(case, mode=mode, **arguments)
     return observed
+
+
+# Backends that have no float64 unless the whole process is told to compute in it.
+MERGES_IN_FLOAT32 = ("jax",)
+
+# What needs an error raised by values that only the step itself knows.
+_STOPS_BY_VALUES = ("nan_check", "save")
+
+
+def unsupported(case: Case, mode: str) -> bool:
+    """Whether the case asks for what this backend refuses by an UnsupportedFeatureError.
+
+    The one table of it. JAX compiles, and maps over replicas, without any values at hand.
+    """
+    asked = any(case.options.get(name) not in (None, False, "input") for name in _STOPS_BY_VALUES)
+    compiles = mode == "graph" or len(case.parts) > 1
+    return asked and compiles and keras.backend.backend() == "jax"
+
+
+def assert_step_equals_one_device(case: Case, tolerance: float, mode: str = "graph") -> None:
+    """A step of the case equals one device, or is refused where `unsupported` says so."""
+    if unsupported(case, mode):
+        with pytest.raises(syncbn.UnsupportedFeatureError):
+            observe(case, mode=mode)
+    else:
+        assert_equals_one_device(case, observe(case, mode=mode), tolerance)
+
+
+def numbers(tensor: Any) -> np.ndarray:
+    """The values of a tensor or variable of any framework."""
+    return np.asarray(keras.ops.convert_to_numpy(tensor))
+
+
+def assert_variance_at_a_large_mean(offset: float, tolerance: float) -> None:
+    # Means differ between the replicas too, so that the merge has something to merge.
+    case = make_case([(512, 4), (300, 4)], offset=offset)
+    case = case._replace(parts=[part + r for r, part in enumerate(case.parts)], momentum=0.0)
+    variance = observe(case).moving_variances[0]
+    assert np.abs(variance / case.expected().variance - 1).max() <= tolerance
+
+
+def whole_numbers_at_a_large_mean() -> Case:
+    """Integers and halves are exact in float32 here, so all of an error is the layer's own."""
+    rng = np.random.default_rng(0)
+    parts = [(rng.integers(-6, 7, (size, 3)) / 2 + 4096).astype("f4") for size in (40, 24)]
+    return make_case([(40, 3), (24, 3)])._replace(parts=parts)
 
 
 def assert_close(name: str, observed: Any, expected: Any, tolerance: float) -> None:

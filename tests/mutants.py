@@ -5,6 +5,7 @@ Chosen by the environment variable SYNCBN_MUTANT; `tests/meta/test_mutants.py` r
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -136,66 +137,6 @@ def _two_collectives() -> None:
     collectives.sum_over_replicas = lambda vector: packed_sum(packed_sum(vector) * 0 + vector)
 
 
-def _torch_never_synchronizes() -> None:
-    """Every process sums over itself alone."""
-    from syncbn._backends.torch import collectives
-
-    collectives.sum_over_replicas = lambda vector, _: vector
-
-
-def _torch_local_backward() -> None:
-    """The statistics are global, the gradient treats them as local."""
-    from syncbn._backends.torch import collectives
-
-    collectives.sum_over_group = lambda vector, *_: vector
-
-
-def _torch_equal_weights() -> None:
-    """A mean of means: every process counts the same, however many elements it has."""
-    import torch
-
-    from syncbn._backends.torch import collectives
-    from syncbn.moments import Moments
-
-    def exchange(local: Moments, replicas: Any, *_: Any) -> Any:
-        variance = local.m2 / local.count.clamp(min=1)
-        packed = torch.stack([local.mean, variance + local.mean**2]) / replicas.size
-        if replicas.size > 1:
-            packed = collectives.sum_over_replicas(packed, replicas)
-        mean, square = packed
-        count = local.count * replicas.size
-        moments = Moments(count, mean, (square - mean**2) * count)
-        return collectives.Exchanged(moments, moments, None)
-
-    collectives.exchange = exchange
-
-
-def _torch_two_collectives() -> None:
-    """Right results, by one collective more than the contract allows."""
-    from syncbn._backends.torch import collectives
-
-    packed_sum = collectives.sum_over_replicas
-    collectives.sum_over_replicas = lambda vector, replicas: packed_sum(
-        packed_sum(vector.clone(), replicas) * 0 + vector, replicas
-    )
-
-
-def _torch_mask_is_a_factor() -> None:
-    """What is masked is multiplied by 0, which leaves a NaN a NaN."""
-    from syncbn._backends.torch import composed
-
-    composed.where_counted = lambda _, x: x
-
-
-# The defects of torch's backend, by the names of those that they are on TensorFlow.
-TORCH_MUTANTS: dict[str, Callable[[], None]] = {
-    "equal_weights": _torch_equal_weights,
-    "local_backward": _torch_local_backward,
-    "mask_is_a_factor": _torch_mask_is_a_factor,
-    "never_synchronizes": _torch_never_synchronizes,
-    "two_collectives": _torch_two_collectives,
-}
-
 MUTANTS: dict[str, Callable[[], None]] = {
     "empty_batches_count": _empty_batches_count,
     "equal_weights": _equal_weights,
@@ -210,8 +151,16 @@ MUTANTS: dict[str, Callable[[], None]] = {
 }
 
 
+def of_backend(backend: str) -> dict[str, Callable[[], None]]:
+    """The mutants of one of Keras's backends; those here are TensorFlow's."""
+    if backend == "tensorflow":
+        return MUTANTS
+    mutants: dict[str, Callable[[], None]]
+    mutants = importlib.import_module(f"tests.{backend}.mutants").MUTANTS
+    return mutants
+
+
 def apply(name: str) -> None:
     """Put the named defect in; none for an empty name."""
     if name:
-        of_backend = {"torch": TORCH_MUTANTS}.get(os.environ.get("KERAS_BACKEND", ""), MUTANTS)
-        of_backend[name]()
+        of_backend(os.environ.get("KERAS_BACKEND", "tensorflow"))[name]()

@@ -11,6 +11,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from syncbn._backends.torch.gradients import average_gradients
     from syncbn.errors import (
         InputError,
         NotSynchronizableError,
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from syncbn.layer import SyncBatchNormalization
     from syncbn.multi_worker import enable_multi_worker
     from syncbn.multi_worker.moving_statistics import average_moving_statistics
+    from syncbn.ragged import distribute_dataset
 
 __version__ = "0.1.0"
 
@@ -33,9 +35,14 @@ _MODULE_OF = {
     "SyncbnError": "syncbn.errors",
     "UnsupportedFeatureError": "syncbn.errors",
     "WorkerError": "syncbn.errors",
+    "average_gradients": "syncbn._backends.torch.gradients",
     "average_moving_statistics": "syncbn.multi_worker.moving_statistics",
+    "distribute_dataset": "syncbn.ragged",
     "enable_multi_worker": "syncbn.multi_worker",
 }
+
+# Keras's names of them, which are those of their packages and of syncbn's extras.
+_BACKENDS = ("tensorflow", "jax", "torch")
 
 __all__ = [
     "InputError",
@@ -45,7 +52,9 @@ __all__ = [
     "SyncbnError",
     "UnsupportedFeatureError",
     "WorkerError",
+    "average_gradients",
     "average_moving_statistics",
+    "distribute_dataset",
     "enable_multi_worker",
 ]
 
@@ -53,7 +62,17 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _MODULE_OF:
         raise AttributeError(f"module 'syncbn' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_MODULE_OF[name]), name)
+    try:
+        value = getattr(importlib.import_module(_MODULE_OF[name]), name)
+    except ModuleNotFoundError as error:
+        if error.name not in _BACKENDS:
+            raise
+        raise ModuleNotFoundError(
+            f"syncbn.{name} requires the package {error.name}. Received: no such package. Install "
+            f"it: pip install 'syncbn[{error.name}]'; or choose what Keras runs on by the "
+            f"environment variable KERAS_BACKEND: {', '.join(_BACKENDS)}.",
+            name=error.name,
+        ) from error
     globals()[name] = value
     return value
 

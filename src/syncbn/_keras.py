@@ -10,9 +10,13 @@ import keras
 import numpy as np
 from keras import ops
 
+from syncbn.errors import UnsupportedFeatureError
+
 __all__ = [
     "aggregates_assignments",
     "casts_arrays_unasked",
+    "counter_dtype",
+    "data_adapter",
     "excludes_from_autocast",
     "in_symbolic_scope",
     "without_autocast",
@@ -61,6 +65,30 @@ def casts_arrays_unasked() -> bool:
         dtype = keras.backend.standardize_dtype(converted.dtype)
         _KNOWN["casts_arrays_unasked"] = dtype == "float16"
     return _KNOWN["casts_arrays_unasked"]
+
+
+def counter_dtype() -> str:
+    """The dtype of a variable that counts; a float32 stops at 16.7 million.
+
+    JAX has no int64 unless it is asked for one, and warns of each.
+    """
+    return "int32" if keras.backend.backend() == "jax" else "int64"
+
+
+def data_adapter(**data: Any) -> Any:
+    """What Keras's trainers take the batches of arrays, data sets and generators from.
+
+    Raises:
+        UnsupportedFeatureError: this Keras takes no adapter but those that it makes itself.
+    """
+    from keras.src.trainers import data_adapters
+
+    if not hasattr(data_adapters, "get_data_adapter"):
+        raise UnsupportedFeatureError(
+            "Distributed data sets require a Keras whose fit takes a data adapter. Received: "
+            f"Keras {keras.__version__}. Install Keras 3.8 or later."
+        )
+    return data_adapters.get_data_adapter(**data)
 
 
 def excludes_from_autocast() -> bool:

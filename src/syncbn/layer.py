@@ -14,6 +14,7 @@ from syncbn._backends.interface import Batch, KeptOutput, Scheme
 from syncbn._keras import (
     aggregates_assignments,
     casts_arrays_unasked,
+    counter_dtype,
     excludes_from_autocast,
     in_symbolic_scope,
     without_autocast,
@@ -250,12 +251,11 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
         if self.renorm and not hasattr(self, "renorm_mean"):
             add_renorm_weights(self)
         if self.momentum is None:
-            # An integer: a float32 stops counting at 16.7 million.
             self.num_batches_tracked = self.add_weight(
                 name="num_batches_tracked",
                 shape=(),
                 initializer="zeros",
-                dtype="int64",
+                dtype=counter_dtype(),
                 trainable=False,
                 autocast=False,
             )

@@ -50,7 +50,8 @@ def _next_share(layer: Any, any_element: Any) -> Any:
     if layer.momentum is not None:
         return 1.0 - layer.momentum
     batches = layer.num_batches_tracked
-    batches.assign(ops.cast(batches, "int64") + ops.cast(ops.max(any_element), "int64"))
+    dtype = batches.dtype
+    batches.assign(ops.cast(batches, dtype) + ops.cast(ops.max(any_element), dtype))
     return 1.0 / ops.cast(ops.maximum(batches, 1), any_element.dtype)
 
 

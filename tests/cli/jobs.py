@@ -1,4 +1,4 @@
-"""`syncbn train` in a process, with all that it starts in sight."""
+"""`syncbn train` in a process, with all that it starts in sight, or in this one."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
+
+from syncbn.training import data, job
+from syncbn.training.settings import TrainSettings
 
 
 class Ended(NamedTuple):
@@ -25,14 +28,15 @@ def command(*arguments: str) -> list[str]:
 class Job:
     """A job whose temporary files, and so its workers' job folder, are in a folder of its own."""
 
-    def __init__(self, scratch: Path, *arguments: str) -> None:
+    def __init__(self, scratch: Path, *arguments: str, **environment: str) -> None:
         self.scratch = scratch
         self.process = subprocess.Popen(
             command(*arguments),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env={**os.environ, "TMPDIR": str(scratch)},
+            # The tests' own backend is not the job's.
+            env={**os.environ, "TMPDIR": str(scratch), "KERAS_BACKEND": "", **environment},
         )
 
     def worker_pids(self) -> list[int]:
@@ -62,3 +66,24 @@ class Job:
                 self.process.send_signal(signal.SIGKILL)
                 self.process.communicate()
         return Ended(self.process.returncode, stdout, stderr)
+
+
+class Silent:
+    """An observer of runs in this process."""
+
+    def start(self, run, steps):
+        pass
+
+    def advance(self, loss):
+        pass
+
+    def stop_requested(self):
+        return False
+
+
+def in_this_process(**settings):
+    """The last epoch of the same job on one device."""
+    settings = TrainSettings(strategy="none", **settings)
+    (run,) = job.plan(settings)
+    assert job.train(run, settings, data.load(settings.data), Silent(), run.epochs.append)
+    return run.epochs[-1]

@@ -167,12 +167,6 @@ def test_diverged_training_is_reported_in_valid_json(tmp_path):
     assert json.loads(text)["rows"][0]["test_loss"] is None
 
 
-def test_another_keras_backend_is_refused(tmp_path):
-    result = run("--output", str(tmp_path / "out"), KERAS_BACKEND="jax")
-    assert result.returncode == 2
-    assert "KERAS_BACKEND=jax. Unset it" in result.stderr
-
-
 def interrupted(folder, condition):
     """Start a job far too long, interrupt it once the condition holds; exit code and output."""
     arguments = command("--epochs", "10000", "--compare", "--output", str(folder))

@@ -9,10 +9,9 @@ import signal
 import keras
 import numpy as np
 import pytest
-from tests.cli.jobs import Job
+from tests.cli.jobs import Job, in_this_process
 
-from syncbn.training import data, job
-from syncbn.training.settings import TrainSettings
+from syncbn.training import data
 
 pytestmark = pytest.mark.multiprocess
 
@@ -27,27 +26,6 @@ def finished(tmp_path, *arguments):
     assert ended.returncode == 0, ended.stderr
     assert started.worker_pids() == []
     return tmp_path / "out", ended
-
-
-class Silent:
-    """An observer of runs in this process."""
-
-    def start(self, run, steps):
-        pass
-
-    def advance(self, loss):
-        pass
-
-    def stop_requested(self):
-        return False
-
-
-def in_this_process(**settings):
-    """The last epoch of the same job on one device."""
-    settings = TrainSettings(strategy="none", **settings)
-    (run,) = job.plan(settings)
-    assert job.train(run, settings, data.load(settings.data), Silent(), run.epochs.append)
-    return run.epochs[-1]
 
 
 @pytest.fixture(scope="module")
@@ -147,9 +125,17 @@ def test_an_overflow_on_the_second_worker_skips_the_step_on_both(tmp_path):
     assert all(np.isfinite(weight).all() for weight in model.get_weights())
 
 
-def test_ctrl_c_keeps_the_finished_epochs_exits_130_and_leaves_no_process(tmp_path):
+PROCESSES = pytest.mark.parametrize(
+    ("options", "name"),
+    [((*WORKERS, "2"), "sync × 2 workers"), (("--backend", "torch"), "sync × 2")],
+    ids=["workers", "torch"],
+)
+
+
+@PROCESSES
+def test_ctrl_c_keeps_the_finished_epochs_exits_130_and_leaves_no_process(tmp_path, options, name):
     folder = tmp_path / "out"
-    started = Job(tmp_path, *WORKERS, "2", "--epochs", "10000", "--output", str(folder))
+    started = Job(tmp_path, *options, "--epochs", "10000", "--output", str(folder))
     started.wait_for(lambda: any(tmp_path.glob("syncbn-job-*/run-0-epoch-2.npz")))
     started.process.send_signal(signal.SIGINT)
     ended = started.end()
@@ -158,16 +144,19 @@ def test_ctrl_c_keeps_the_finished_epochs_exits_130_and_leaves_no_process(tmp_pa
     assert "kept the finished epochs of 1 run(s)" in ended.stderr
     assert sorted(path.name for path in folder.iterdir()) == FILES
     (row,) = json.loads((folder / "table.json").read_text())["rows"]
-    assert (row["run"], row["replicas"]) == ("sync × 2 workers", 2)
+    assert (row["run"], row["replicas"]) == (name, 2)
     assert 2 <= row["epochs"] < 10000
     assert started.worker_pids() == []
     assert list(tmp_path.glob("syncbn-job-*")) == []
 
 
 @pytest.mark.survival
-def test_a_worker_that_is_killed_gives_its_exit_code_and_keeps_the_finished_epochs(tmp_path):
+@PROCESSES
+def test_a_worker_that_is_killed_gives_its_exit_code_and_keeps_the_finished_epochs(
+    tmp_path, options, name
+):
     folder = tmp_path / "out"
-    started = Job(tmp_path, *WORKERS, "2", "--epochs", "10000", "--output", str(folder))
+    started = Job(tmp_path, *options, "--epochs", "10000", "--output", str(folder))
     started.wait_for(lambda: any(tmp_path.glob("syncbn-job-*/run-0-epoch-1.npz")))
     workers = started.worker_pids()
     assert len(workers) == 2
@@ -175,7 +164,8 @@ def test_a_worker_that_is_killed_gives_its_exit_code_and_keeps_the_finished_epoc
     ended = started.end()
     assert ended.returncode == 128 + signal.SIGKILL
     (*_, error, last) = ended.stderr.strip().splitlines()
-    assert error.startswith("syncbn: error: training on 2 workers requires that all of them end")
+    kind = "workers" if "workers" in name else "replicas"
+    assert error.startswith(f"syncbn: error: training on 2 {kind} requires that all of them end")
     assert "exit code 137" in error
     assert last == "syncbn: not finished, kept the finished epochs of 1 run(s)"
     assert "Traceback" not in ended.stderr

@@ -81,7 +81,7 @@ def observe(
     *,
     mode: str = "graph",
     dtype: str | None = None,
-    context: str = "shard_map",
+    context: str | None = None,
     **arguments: Any,
 ) -> Observed:
     """What the replicas see in one training step.
@@ -93,10 +93,12 @@ def observe(
         case: data and weights; a part for each replica. One part alone is not mapped.
         mode: "graph" for `jit`, "eager" for none.
         dtype: the layer's policy; the data's own by default.
-        context: one of MAPPED or DISTRIBUTED.
+        context: one of MAPPED or DISTRIBUTED; by default `shard_map`, and in eager mode `vmap`:
+            without `jit` `shard_map` compiles every operation in every call, for seconds.
         **arguments: of the layer.
     """
     data = case.parts[0].dtype.name
+    context = context or ("shard_map" if mode == "graph" else "vmap")
     with precision_of(data), distributed(context, len(case.parts)):
         if context == "vmap" and len(case.parts) > 1:
             arguments = {"axis_name": "data"} | arguments
@@ -249,7 +251,9 @@ def _observed(case: Case, layer: Any, y: Any, dx: Any, of_weights: Any, others: 
 
     def state_of(variable: Any) -> list[np.ndarray]:
         names = [v.path for v in layer.non_trainable_variables]
-        return copies(others[names.index(variable.path)], replicas)
+        value = others[names.index(variable.path)]
+        # Where JAX does not know that it is the same on all replicas, each has returned its own.
+        return [*np.asarray(value)] if value.ndim > len(variable.shape) else copies(value, replicas)
 
     return Observed(
         cut(y),
@@ -262,13 +266,14 @@ def _observed(case: Case, layer: Any, y: Any, dx: Any, of_weights: Any, others: 
 
 
 def copies(value: Any, replicas: int) -> list[np.ndarray]:
-    """What each replica holds of a vector, by the devices' own memory, whatever JAX takes it for."""
-    if value.ndim == 2:
-        return [*np.asarray(value)]
+    """What each replica holds, by its device's memory, whatever JAX takes it for."""
     # Split over another axis, each place on it has copies of its own.
     by_place: dict[int, list[np.ndarray]] = {}
     for shard in value.addressable_shards:
-        by_place.setdefault(shard.index[0].start or 0, []).append(np.asarray(shard.data))
+        place = shard.index[0].start or 0 if shard.index else 0
+        by_place.setdefault(place, []).append(np.asarray(shard.data))
     places = [by_place[start] for start in sorted(by_place)]
-    held = [np.concatenate(parts) for parts in zip(*places, strict=True)]
+    held = places[0]
+    if len(places) > 1:
+        held = [np.concatenate(parts) for parts in zip(*places, strict=True)]
     return held if len(held) == replicas else held[:1] * replicas

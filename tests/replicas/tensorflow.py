@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 import keras
 import numpy as np
+import tensorflow as tf
 
 import syncbn
-import tensorflow as tf
 from syncbn._backends.tensorflow.replicas import (
     make_virtual_devices,
     mirrored_strategy,
@@ -38,8 +38,12 @@ def local_results(strategy: Any, value: Any) -> list[np.ndarray]:
 
 
 def make_layer(case: Case, strategy: Any, dtype: str = "float32", **arguments: Any) -> Any:
-    """A layer in the strategy's scope, built for any size and holding the case's weights."""
+    """A layer in the strategy's scope, built for any size and holding the case's weights.
+
+    With `state`, values by name, the weights of those names hold these instead.
+    """
     layer_class = arguments.pop("layer_class", syncbn.SyncBatchNormalization)
+    state = arguments.pop("state", None) or {}
     with strategy.scope():
         layer = layer_class(
             axis=case.axis,
@@ -56,6 +60,9 @@ def make_layer(case: Case, strategy: Any, dtype: str = "float32", **arguments: A
             layer.gamma.assign(case.gamma)
         if layer.center:
             layer.beta.assign(case.beta)
+        for weight in layer.weights:
+            if weight.name in state:
+                weight.assign(state[weight.name])
     return layer
 
 
@@ -67,7 +74,7 @@ def make_step(layer: Any, training: bool = True) -> Any:
         weights = [getattr(layer, name, None) for name in ("gamma", "beta")]
         weights = [w.value for w in weights if w is not None]
         with tf.GradientTape() as tape:
-            tape.watch(x)
+            tape.watch([x, *weights])  # of a frozen layer no tape watches the weights itself
             y = layer(x, training=training, **call_arguments)
         dx, *of_weights = tape.gradient(y, [x, *weights], output_gradients=tf.cast(dy, y.dtype))
         return y, dx, of_weights
@@ -88,6 +95,7 @@ def prepare(
     strategy: Any = None,
     dtype: str | None = None,
     mode: str = "graph",
+    training: bool = True,
     unknown_sizes: bool = True,
     **arguments: Any,
 ) -> Prepared:
@@ -98,12 +106,13 @@ def prepare(
         strategy: where; that of this process for so many replicas by default.
         dtype: the layer's policy; the data's own by default.
         mode: "graph", or "eager" without any tf.function.
+        training: what the layer is called with.
         unknown_sizes: trace for any size of every axis but the channels'.
-        **arguments: of the layer.
+        **arguments: of the layer; `state`, of `make_layer`.
     """
     strategy = strategy or strategy_for(len(case.parts))
     layer = make_layer(case, strategy, dtype or case.parts[0].dtype.name, **arguments)
-    step = make_step(layer)
+    step = make_step(layer, training)
     values = {"x": case.parts, "dy": case.cotangents, "mask": case.masks, "weights": case.weights}
     values = {name: per_replica(strategy, v) for name, v in values.items() if v is not None}
 
@@ -141,6 +150,7 @@ def take(prepared: Prepared) -> Observed:
         *gradients,
         local_results(strategy, layer.moving_mean.value),
         local_results(strategy, layer.moving_variance.value),
+        {weight.name: local_results(strategy, weight.value) for weight in layer.weights},
     )
 
 

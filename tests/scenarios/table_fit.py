@@ -9,10 +9,10 @@ from typing import Any
 
 import keras
 import numpy as np
+import tensorflow as tf
 from tensorflow.python.distribute.cross_device_utils import CollectiveKeys
 
 import syncbn
-import tensorflow as tf
 from tests.scenarios.models import (
     classes,
     compile_model,

@@ -7,9 +7,9 @@ from typing import Any
 
 import keras
 import numpy as np
+import tensorflow as tf
 
 import syncbn
-import tensorflow as tf
 from tests.scenarios.models import (
     compile_model,
     dense_model,

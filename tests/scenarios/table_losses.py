@@ -6,10 +6,10 @@ from typing import Any
 
 import keras
 import numpy as np
+import tensorflow as tf
 from keras import ops
 
 import syncbn
-import tensorflow as tf
 from tests.scenarios.models import (
     compile_model,
     dense_model,

@@ -7,8 +7,8 @@ from typing import Any
 
 import keras
 import numpy as np
-
 import tensorflow as tf
+
 from tests.scenarios.models import compile_model, dense_model, fit, normal, set_weights, targets
 from tests.scenarios.scenario import FEW, REPLICAS, scenario
 from tests.scenarios.world import World

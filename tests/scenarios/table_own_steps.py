@@ -9,10 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 import keras
+import tensorflow as tf
 from keras import ops
 
 import syncbn
-import tensorflow as tf
 from tests.scenarios.models import compile_model, dense_model, fit, normal, set_weights, targets
 from tests.scenarios.scenario import scenario
 from tests.scenarios.world import World

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tensorflow as tf
 from tests.harness import (
     assert_close,
     assert_equals_one_device,
@@ -13,8 +14,6 @@ from tests.harness import (
     observe,
 )
 from tests.replicas.tensorflow import make_layer, prepare, strategy_for, take
-
-import tensorflow as tf
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "accuracy.md").read_text()

@@ -9,10 +9,10 @@ import itertools
 
 import keras
 import pytest
+import tensorflow as tf
 from tests.replicas.tensorflow import per_replica, strategy_for
 
 import syncbn
-import tensorflow as tf
 
 BRANCHES = 8
 # Branches of different widths, so that a collective says by its payload which it is.

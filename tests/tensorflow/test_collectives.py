@@ -3,12 +3,12 @@
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from tests.graphs import traced
 from tests.harness import make_case, observe
 from tests.replicas.tensorflow import make_layer, make_step, per_replica, strategy_for
 
 import syncbn
-import tensorflow as tf
 from syncbn._backends.tensorflow import collectives
 
 

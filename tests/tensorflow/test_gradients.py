@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
+import tensorflow as tf
 from tests import oracle
-from tests.derivatives import central_differences
+from tests.differences import central_differences
 from tests.graphs import kept_for_the_backward
 from tests.harness import assert_close, make_case
 from tests.replicas.tensorflow import (
@@ -13,8 +14,6 @@ from tests.replicas.tensorflow import (
     per_replica,
     strategy_for,
 )
-
-import tensorflow as tf
 
 
 @pytest.mark.parametrize("shape", [(8, 6, 6, 5), (8, 5), (4, 6, 5), (2, 3, 4, 4, 5)])

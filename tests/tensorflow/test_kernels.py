@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tensorflow as tf
 from tests.harness import assert_equals_one_device, make_case, observe
 from tests.replicas.tensorflow import make_layer
 
-import tensorflow as tf
 from syncbn._backends.tensorflow import compiled, kernels, normalization, xla
 from syncbn._backends.tensorflow.composed import composed
 from syncbn._backends.tensorflow.fused import fused

@@ -3,12 +3,12 @@
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from tests.graphs import collectives_of
 from tests.harness import make_case
 from tests.replicas.tensorflow import make_layer, per_replica, strategy_for
 
 import syncbn
-import tensorflow as tf
 
 Stopped = tf.errors.InvalidArgumentError
 

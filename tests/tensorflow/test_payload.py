@@ -5,12 +5,12 @@ from pathlib import Path
 
 import keras
 import pytest
+import tensorflow as tf
 from tests.graphs import traced
 from tests.harness import make_case
 from tests.replicas.tensorflow import make_step, strategy_for
 
 import syncbn
-import tensorflow as tf
 from syncbn._backends.tensorflow import collectives
 
 ROOT = Path(__file__).parents[2]

@@ -3,11 +3,11 @@
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from tests.harness import make_case
 from tests.replicas.tensorflow import make_layer, per_replica, strategy_for
 
 import syncbn
-import tensorflow as tf
 
 
 def a_tf_cond(layer, x):
@@ -75,12 +75,6 @@ def test_central_storage_strategy_is_refused():
         strategy.run(lambda: layer(tf.ones((3, 4)), training=True))
     assert "Received: CentralStorageStrategy" in str(raised.value)
     assert "Train under one of those" in str(raised.value)
-
-
-@pytest.mark.parametrize("value", [True, False])
-def test_synchronized_is_not_an_argument(value):
-    with pytest.raises(TypeError, match="this layer always synchronizes"):
-        syncbn.SyncBatchNormalization(synchronized=value)
 
 
 def test_other_backends_are_refused_in_training(monkeypatch):

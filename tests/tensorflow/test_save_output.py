@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from tests.derivatives import input_gradient_along
 from tests.graphs import collectives_of, memory_kept_for_the_backward
 from tests.harness import assert_close, assert_equals_one_device, make_case, observe
@@ -16,7 +17,6 @@ from tests.replicas.tensorflow import (
 )
 
 import syncbn
-import tensorflow as tf
 from syncbn._backends.tensorflow import inversion, normalization
 
 Stopped = tf.errors.InvalidArgumentError
@@ -243,23 +243,6 @@ def test_xla_which_would_leave_the_check_out_is_refused():
     compiled = tf.function(lambda x: layer(x, training=True), jit_compile=True, autograph=False)
     with pytest.raises(syncbn.UnsupportedFeatureError, match="or take save='input'"):
         compiled(tf.ones((6, 6, 5)))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"save": "both"}, 'save requires "input" or "output".*Received: save=\'both\''),
-        ({"activation": "relu"}, "requires an activation whose result gives back.*'relu'"),
-        ({"activation": "elu"}, "Take leaky_relu, or"),
-        ({"activation": "gelu"}, "as a layer of its own"),
-        ({"activation": "sigmoid"}, "'sigmoid'"),
-        ({"virtual_batch_size": 2}, "virtual_batch_size=2. Remove one"),
-        ({"renorm": True, "group_size": 2}, "renorm=True with groups"),
-    ],
-)
-def test_what_cannot_be_inverted_is_refused(arguments, message):
-    with pytest.raises(syncbn.InputError, match=message):
-        syncbn.SyncBatchNormalization(**({"save": "output"} | arguments))
 
 
 def test_the_inverse_of_elu_loses_what_that_of_leaky_relu_keeps():

@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from tests.harness import assert_close, assert_equals_one_device, make_case, observe
 from tests.replicas.tensorflow import (
     local_results,
@@ -13,7 +14,6 @@ from tests.replicas.tensorflow import (
 )
 
 import syncbn
-import tensorflow as tf
 
 
 @pytest.mark.parametrize("replicas", range(1, 9))

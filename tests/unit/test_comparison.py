@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from syncbn._backends.tensorflow.loop import Score
+from syncbn._backends.classifier import Score
 from syncbn.errors import InputError
 from syncbn.training.comparison import differences, rows
 from syncbn.training.data import Dataset

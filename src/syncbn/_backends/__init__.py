@@ -8,7 +8,8 @@ A backend is a module with two functions, whose arguments `interface.py` defines
     known_value(tensor) -> ndarray | None
         the numbers of a tensor, where they are known now.
 
-Backends never import each other.
+The modules `loop` and `replicas` of each are for the jobs that syncbn runs itself; `classifier.py`
+says what they offer. Backends never import each other.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ __all__ = ["get"]
 _BACKENDS = {name: f"syncbn._backends.{name}" for name in ("jax", "tensorflow", "torch")}
 
 
-def get(keras_backend: str) -> ModuleType:
-    """The backend for Keras's own, by its name.
+def get(keras_backend: str, module: str = "") -> ModuleType:
+    """The backend for Keras's own, by its name, or the module of that name within it.
 
     Raises:
         NotSynchronizableError: Keras runs on a framework that has no backend here.
@@ -36,6 +37,6 @@ def get(keras_backend: str) -> ModuleType:
             f"{sorted(_BACKENDS)}. Received: keras.backend.backend()={keras_backend!r}. "
             "Set the environment variable KERAS_BACKEND to one of them before Keras is imported."
         )
+    name = f"{_BACKENDS[keras_backend]}.{module}".rstrip(".")
     # Looked up before it is imported: torch.compile cannot trace an import.
-    name = _BACKENDS[keras_backend]
     return sys.modules[name] if name in sys.modules else importlib.import_module(name)

@@ -49,7 +49,8 @@ def measure_training(
 def _step(strategy: Any, make: Callable[..., Any], x: Any, y: Any) -> Callable[[], object]:
     import keras
 
-    from syncbn._backends.tensorflow.loop import Batch, ClassifierLoop
+    from syncbn._backends.classifier import Batch
+    from syncbn._backends.tensorflow.loop import ClassifierLoop
 
     def model() -> Any:
         layers = [keras.Input(x.shape[1:])]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from syncbn.bench.settings import SHAPES, BenchSettings, parse_shape
 from syncbn.cli.interrupt import Flag, stop_flag
-from syncbn.cli.start import start_tensorflow
+from syncbn.cli.start import start_framework
 
 if TYPE_CHECKING:
     from syncbn.bench.short import ShortBenchmark
@@ -83,7 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
     )
     settings.check()
     with stop_flag() as flag:
-        start_tensorflow("bench", "tensorflow")
+        start_framework("bench", "tensorflow")
         return _measure_and_print(settings, flag)
 
 

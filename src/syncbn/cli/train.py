@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from syncbn.cli.interrupt import Flag, stop_flag
-from syncbn.cli.start import start_tensorflow
+from syncbn.cli.quiet import without_start_notices
+from syncbn.cli.start import FRAMEWORKS, start_framework
 from syncbn.errors import InputError
 
 if TYPE_CHECKING:
@@ -18,11 +20,16 @@ if TYPE_CHECKING:
 
 __all__ = ["EXTRAS", "add_parser"]
 
-EXTRAS = "tensorflow,train"
+EXTRAS = "train"
 
 _PRECISIONS = ("float32", "float64", "mixed_bfloat16", "mixed_float16")
 # The option that says how many, of each strategy.
-_COUNTED_BY = {"mirrored": "--replicas", "multiworker": "--workers", "none": None}
+_COUNTED_BY = {
+    "mirrored": "--replicas",
+    "multiworker": "--workers",
+    "data_parallel": "--replicas",
+    "none": None,
+}
 
 
 def add_parser(commands: Any) -> None:
@@ -31,10 +38,11 @@ def add_parser(commands: Any) -> None:
         "train",
         help="train a classifier on replicas and compare it with one device",
         description="Train a classifier of real images on several replicas, of one process or of "
-        "several. With --compare the "
+        "several, with Keras on TensorFlow, JAX or torch. With --compare the "
         "same model, from the same weights on the same batches, is also trained on one device, "
         "with local statistics and with Keras's own synchronization, and a table says how far "
-        "each is from one device. Writes model.keras, history.csv, table.json and curves.png.",
+        "each is from one device. From one seed every backend starts from the same weights and "
+        "takes the same batches. Writes model.keras, history.csv, table.json and curves.png.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
@@ -50,29 +58,38 @@ def add_parser(commands: Any) -> None:
         "--norm",
         choices=("sync", "local", "keras"),
         default="sync",
-        help="sync: syncbn.SyncBatchNormalization; local: keras.layers.BatchNormalization; "
-        "keras: the same with synchronized=True",
+        help="sync: syncbn.SyncBatchNormalization; local: keras.layers.BatchNormalization (on JAX, "
+        "where DataParallel makes that one global, syncbn's with group_size=1); keras: "
+        "BatchNormalization with synchronized=True, on JAX without, on torch there is none",
     )
     _add_training_options(add)
     parser.set_defaults(run=run)
 
 
 def _add_training_options(add: Callable[..., Any]) -> None:
+    # Without a default, to see whether they were given.
+    add(
+        "--backend",
+        choices=tuple(FRAMEWORKS),
+        default=argparse.SUPPRESS,
+        help="Keras's (default: KERAS_BACKEND, else tensorflow)",
+    )
     add(
         "--strategy",
         choices=tuple(_COUNTED_BY),
-        default="mirrored",
+        default=argparse.SUPPRESS,
         help="mirrored: replicas in step, in one process; multiworker: worker processes in step, "
-        "on this machine; none: one device",
+        "on this machine, both on tensorflow; data_parallel: replicas in step, on jax the devices "
+        "of one process, on torch processes; none: one device (default: mirrored on tensorflow, "
+        "else data_parallel)",
     )
-    # Without a default, to see whether they were given.
     add(
         "--replicas",
         type=int,
         metavar="N",
         default=argparse.SUPPRESS,
-        help="of --strategy mirrored: devices; virtual CPU devices where there are fewer "
-        "accelerators (default: 2)",
+        help="of --strategy mirrored and data_parallel: devices, on torch processes; virtual CPU "
+        "devices where there are fewer accelerators (default: 2)",
     )
     add(
         "--workers",
@@ -116,27 +133,48 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _run(arguments: argparse.Namespace, flag: Flag) -> int:
-    from syncbn.training.settings import TrainSettings
+    from syncbn.training.settings import STRATEGIES, TrainSettings
 
+    arguments.backend = _backend_of(arguments)
+    arguments.strategy = getattr(arguments, "strategy", STRATEGIES[arguments.backend][0])
     _check_counts(arguments)
     names = TrainSettings.__dataclass_fields__
     settings = TrainSettings(
         **{name: value for name, value in vars(arguments).items() if name in names}
     )
     settings.check()
-    start_tensorflow("train", EXTRAS)
+    start_framework("train", settings.backend, EXTRAS)
     return _train_and_report(settings, arguments.output, flag)
+
+
+def _backend_of(arguments: argparse.Namespace) -> str:
+    """What the command and the environment say; they must not contradict each other."""
+    of_environment = os.environ.get("KERAS_BACKEND") or None
+    asked: str = getattr(arguments, "backend", of_environment or "tensorflow")
+    if asked not in FRAMEWORKS:
+        raise InputError(
+            f"syncbn train requires Keras on one of {', '.join(FRAMEWORKS)}. Received: the "
+            f"environment variable KERAS_BACKEND={asked}. Unset it."
+        )
+    if of_environment not in {None, asked}:
+        raise InputError(
+            "--backend and the environment variable KERAS_BACKEND must agree. Received: --backend "
+            f"{asked} with KERAS_BACKEND={of_environment}. Leave one of them out."
+        )
+    os.environ["KERAS_BACKEND"] = asked
+    return asked
 
 
 def _check_counts(arguments: argparse.Namespace) -> None:
     """What is given must count: not the replicas of workers, nor the workers of one process."""
-    for strategy, option in _COUNTED_BY.items():
-        if option and strategy != arguments.strategy and hasattr(arguments, option[2:]):
-            own = _COUNTED_BY[arguments.strategy]
+    own = _COUNTED_BY[arguments.strategy]
+    for option in ("--replicas", "--workers"):
+        if option != own and hasattr(arguments, option[2:]):
+            strategies = [name for name, count in _COUNTED_BY.items() if count == option]
             remedy = f"give {own} instead" if own else "leave it out"
             raise InputError(
-                f"{option} is of --strategy {strategy}. Received: {option} with --strategy "
-                f"{arguments.strategy}. Change the strategy, or {remedy}."
+                f"{option} is of --strategy {' and '.join(strategies)}. Received: {option} with "
+                f"--strategy {arguments.strategy}. Change the strategy, or {remedy}."
             )
 
 
@@ -146,7 +184,7 @@ def _train_and_report(settings: TrainSettings, folder: Path, flag: Flag) -> int:
     from syncbn.training import comparison, data, job, report
 
     report.check_drawable()
-    # Before anything else: devices are fixed once TensorFlow has started.
+    # Before anything else: devices are fixed once the framework has started.
     job.prepare_devices(settings)
     job.check_optimizer(settings)
     dataset = data.load(settings.data)
@@ -163,11 +201,12 @@ def _train_and_report(settings: TrainSettings, folder: Path, flag: Flag) -> int:
                 complete = job.train(run, settings, dataset, view, run.epochs.append)
     finished = [run for run in runs if run.epochs]
     if runs[0].epochs:
-        model = job.build_model(settings.norm, settings, dataset)
+        model = job.build_model(runs[0], settings, dataset)
         model.set_weights(runs[0].epochs[-1].weights)
         moving = [not variable.trainable for variable in model.weights]
         rows = comparison.rows(finished, moving)
-        paths = report.write(folder, settings, finished, rows, model, moving)
+        with without_start_notices():  # Keras loads TensorFlow to save a model, where there is one
+            paths = report.write(folder, settings, finished, rows, model, moving)
         print_table(settings, dataset, rows, paths)
     if complete:
         return 0
@@ -191,9 +230,9 @@ def _train_by_workers(runs: list[Run], settings: TrainSettings, flag: Flag) -> i
         code = workers.train_by_workers(runs, settings, command)
     if code not in {0, EXIT_INTERRUPTED}:
         print(
-            f"syncbn: error: training on {settings.workers} workers requires that all of them end "
-            f"well. Received: exit code {code}, for the reason above. Remove the cause and train "
-            "again.",
+            f"syncbn: error: training on {settings.replicas_in_sync} {settings.kind} requires that "
+            f"all of them end well. Received: exit code {code}, for the reason above. Remove "
+            "the cause and train again.",
             file=sys.stderr,
         )
     return code

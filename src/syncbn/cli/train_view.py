@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -18,6 +18,8 @@ from rich.progress import (  # noqa: TID253
 )
 from rich.table import Table  # noqa: TID253
 
+from syncbn.cli.start import FRAMEWORKS
+
 if TYPE_CHECKING:
     from syncbn.training.comparison import Row
     from syncbn.training.data import Dataset
@@ -26,6 +28,10 @@ if TYPE_CHECKING:
 __all__ = ["ProgressView", "print_table"]
 
 _SHORT = 10
+_IN_FLOAT32 = {
+    "jax": "BatchNormalization",
+    "torch": "BatchNormalization and the products of Dense",
+}
 
 
 class ProgressView:
@@ -85,7 +91,7 @@ def print_table(
     gap = "\n" if max(len(row.run) for row in rows) > _SHORT else " "
     table = Table(
         title=f"{settings.model} on {dataset.name}, {len(dataset.x_train)} training images,{gap}"
-        f"{settings.precision}, "
+        f"{FRAMEWORKS[settings.backend]}, {settings.precision}, "
         f"global batch {settings.batch_size}, {rows[0].epochs} epochs"
     )
     # The others are in the files.
@@ -113,6 +119,24 @@ def print_table(
             "one device again, each batch back to front; its Δ is rounding alone, amplified by "
             "training."
         )
+        for remark in _remarks(settings):
+            console.print(remark)
     elif not settings.compare:
         console.print("Add --compare to see how far this is from one device.")
     console.print("Written: " + ", ".join(str(path) for path in paths), soft_wrap=True)
+
+
+def _remarks(settings: TrainSettings) -> Iterator[str]:
+    """What is of Keras's backend in the figures of a comparison."""
+    if settings.backend == "jax" and settings.replicas_in_sync > 1:
+        yield (
+            "On JAX keras is keras.layers.BatchNormalization, which keras.distribution makes "
+            "global; local is syncbn.SyncBatchNormalization(group_size=1), each device by its own "
+            "part of the batch."
+        )
+    in_float32 = _IN_FLOAT32.get(settings.backend)
+    if settings.precision == "float64" and in_float32:
+        yield (
+            f"On {FRAMEWORKS[settings.backend]} Keras computes {in_float32} in float32 whatever "
+            "the precision. So one device normalizes by the formula itself, in float64."
+        )

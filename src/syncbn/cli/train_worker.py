@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import sys
@@ -51,20 +50,22 @@ def main(folder: Path) -> NoReturn:
         code = EXIT_FAILED
     sys.stdout.flush()
     sys.stderr.flush()
-    # TensorFlow's own way out of a cluster waits for workers that may never come.
+    # The frameworks' own way out of a cluster waits for workers that may never come.
     os._exit(code)
 
 
 def _train(folder: Path) -> None:
-    index = int(json.loads(os.environ["TF_CONFIG"])["task"]["index"])
+    index = int(os.environ["RANK"])
+    backend = os.environ["KERAS_BACKEND"]
     # Only now: a Ctrl-C while they are imported has a handler already.
-    from syncbn.cli.start import start_tensorflow
+    from syncbn.cli.start import start_framework
     from syncbn.cli.train import EXTRAS
 
-    start_tensorflow("train", EXTRAS)
+    start_framework("train", backend, EXTRAS)
     import syncbn
 
-    syncbn.enable_multi_worker()  # a worker that is missing, late or gone is named
+    if backend == "tensorflow":
+        syncbn.enable_multi_worker()  # a worker that is missing, late or gone is named
     from syncbn.cli.train_view import ProgressView
     from syncbn.training import workers
 

@@ -9,13 +9,8 @@ from typing import Any, NamedTuple, Protocol
 import keras
 import numpy as np
 
-from syncbn._backends.tensorflow.loop import ClassifierLoop, Score
-from syncbn._backends.tensorflow.replicas import (
-    make_virtual_devices,
-    mirrored_strategy,
-    one_device_strategy,
-    workers_strategy,
-)
+from syncbn import _backends
+from syncbn._backends.classifier import Score
 from syncbn.errors import InputError
 from syncbn.training import models
 from syncbn.training.data import Dataset
@@ -72,39 +67,33 @@ def plan(settings: TrainSettings) -> list[Run]:
     """The runs of a job, still without epochs: the wanted one first, then those to compare."""
     runs = [_on_replicas(settings.norm, settings)]
     if settings.compare:
-        runs.append(Run("one device", "local", 1, []))
+        runs.append(Run("one device", "reference", 1, []))
         # Training amplifies rounding, the more the longer: this run says how far.
-        runs.append(Run("reordered", "local", 1, [], reordered=True))
-        runs += [
-            _on_replicas(norm, settings)
-            for norm in ("sync", "local", "keras")
-            if norm != settings.norm
-        ]
+        runs.append(Run("reordered", "reference", 1, [], reordered=True))
+        runs += [_on_replicas(norm, settings) for norm in settings.norms if norm != settings.norm]
     return runs
 
 
 def prepare_devices(settings: TrainSettings) -> None:
-    """Make the devices of the job; must come before anything that starts TensorFlow."""
-    # Workers have theirs in processes of their own.
-    make_virtual_devices(settings.replicas if settings.strategy == "mirrored" else 1)
+    """Make the devices of the job; must come before anything else uses the framework."""
+    # Processes have theirs to themselves.
+    count = 1 if settings.by_processes else settings.replicas_in_sync
+    _of_backend("replicas").prepare(count, settings.precision)
 
 
-def join_workers() -> None:
-    """Become one of the workers of TF_CONFIG; must come before anything that starts TensorFlow."""
-    workers_strategy()
+def join_workers(settings: TrainSettings) -> None:
+    """Become one of the processes of a job; must come before anything else uses the framework."""
+    _of_backend("replicas").strategy_over(settings.replicas_in_sync, by_processes=True)
+
+
+def _of_backend(module: str) -> Any:
+    return _backends.get(keras.backend.backend(), module)
 
 
 def _on_replicas(norm: str, settings: TrainSettings) -> Run:
-    by_workers = settings.strategy == "multiworker"
     replicas = settings.replicas_in_sync
-    kind = f" worker{'s' * (replicas > 1)}" if by_workers else ""
-    return Run(f"{norm} × {replicas}{kind}", norm, replicas, [], by_workers=by_workers)
-
-
-def _strategy(run: Run) -> Any:
-    if run.by_workers:
-        return workers_strategy()
-    return one_device_strategy() if run.replicas == 1 else mirrored_strategy(run.replicas)
+    kind = f" worker{'s' * (replicas > 1)}" if settings.strategy == "multiworker" else ""
+    return Run(f"{norm} × {replicas}{kind}", norm, replicas, [], by_workers=settings.by_processes)
 
 
 def train(
@@ -127,9 +116,10 @@ def train(
     Returns:
         True when all epochs were finished, False when the observer ended the job before.
     """
-    loop = ClassifierLoop(
-        _strategy(run),
-        lambda: build_model(run.norm, settings, dataset),
+    strategy = _of_backend("replicas").strategy_over(run.replicas, by_processes=run.by_workers)
+    loop = _of_backend("loop").ClassifierLoop(
+        strategy,
+        lambda: build_model(run, settings, dataset),
         lambda: _make_optimizer(settings),
     )
     steps_per_epoch = -(-len(dataset.x_train) // settings.batch_size)
@@ -163,12 +153,17 @@ def _back_to_front(order: Any, batch_size: int) -> Any:
     return np.concatenate([order[start : start + batch_size][::-1] for start in starts])
 
 
-def build_model(norm: str, settings: TrainSettings, dataset: Dataset) -> Any:
+def build_model(run: Run, settings: TrainSettings, dataset: Dataset) -> Any:
     """The model of a run as it is before training, the same weights for every normalization."""
-    keras.utils.set_random_seed(settings.seed)
-    return models.build(
-        settings.model, norm, dataset.x_train.shape[1:], dataset.classes, settings.precision
+    model = models.build(
+        settings.model,
+        models.normalization_of(run.norm, run.replicas, settings.precision),
+        dataset.x_train.shape[1:],
+        dataset.classes,
+        settings.precision,
     )
+    models.draw_kernels(model, settings.seed)
+    return model
 
 
 def _make_optimizer(settings: TrainSettings) -> Any:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from syncbn._backends.tensorflow.loop import Score
+from syncbn._backends.classifier import Score
 from syncbn.launch import LaunchSettings, launch
 from syncbn.training import data, job
 from syncbn.training.files import written_whole
@@ -42,7 +42,9 @@ def train_by_workers(runs: list[Run], settings: TrainSettings, command: Sequence
         text = json.dumps(dataclasses.asdict(settings))
         (folder / _SETTINGS).write_text(text, encoding="utf-8")
         # One device each: a run has as many replicas as workers, whatever the machine has.
-        shape = LaunchSettings(workers=settings.workers, devices_per_worker=1)
+        shape = LaunchSettings(
+            workers=settings.replicas_in_sync, devices_per_worker=1, backend=settings.backend
+        )
         code = launch([*command, name], shape)
         for number, run in enumerate(runs):
             while (path := _epoch_path(folder, number, len(run.epochs) + 1)).exists():
@@ -63,8 +65,8 @@ def read_settings(folder: Path) -> TrainSettings:
 
 def train_as_worker(folder: Path, index: int, observer: Observer) -> None:
     """Train all of the workers' runs, one after another, as the worker of that index."""
-    job.join_workers()  # before anything else starts TensorFlow
     settings = read_settings(folder)
+    job.join_workers(settings)  # before anything else starts the framework
     dataset = data.load(settings.data)
     for number, run in enumerate(job.plan(settings)):
         if not run.by_workers:

@@ -11,9 +11,9 @@ os.environ["KERAS_BACKEND"] = "tensorflow"
 
 import keras
 import numpy as np
+import tensorflow as tf
 
 import syncbn
-import tensorflow as tf
 from tests.replicas.tensorflow import per_replica
 
 # By name: the smallest input it takes, and how many batch normalizations it has.

@@ -10,8 +10,8 @@ from pathlib import Path
 os.environ["KERAS_BACKEND"] = "tensorflow"
 
 import numpy as np
-
 import tensorflow as tf
+
 from tests.harness import make_case
 from tests.multiprocess.workers.cases import CASES
 from tests.replicas.tensorflow import prepare, take

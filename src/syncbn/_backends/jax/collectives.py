@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -21,7 +22,7 @@ class Replicas(NamedTuple):
     """Who normalizes together, seen from one of them."""
 
     axes: Axes = ()  # mapped axes; none where the array is the whole batch
-    count: int = 1
+    size: int = 1  # how many there are
     groups: Groups | None = None  # None for one group of all
 
 
@@ -49,34 +50,68 @@ def exchange(local: Moments, replicas: Replicas) -> tuple[Moments, Moments]:
     """
     if not replicas.axes:
         return local, local
-    one_count = local.count.ndim == 0
-    if local.mean.dtype == jnp.float64:
-        unpack = functools.partial(unpack_sums, xp=jnp, one_count=one_count)
-        row = pack_sums(local, jnp)
-        if replicas.groups is None:
-            union = unpack(sum_over_replicas(row, replicas.axes))
+    form = _Form.of(local)
+    row = form.pack(local)
+    own = None if replicas.groups is None else _this_group(replicas)
+    if form.is_sum:
+        if own is None:
+            union = form.unpack(sum_over_replicas(row, replicas.axes))
             return union, union
-        own = _this_group(replicas)
-        table = _in_slot(row, own, len(replicas.groups))
-        table = sum_over_replicas(table, replicas.axes)
-        return unpack(table[own]), unpack(jnp.sum(table, axis=0))
-    merge = functools.partial(merge_table, xp=jnp, one_count=one_count)
-    row = pack_row(local, jnp)
-    table = _in_slot(row, lax.axis_index(replicas.axes), replicas.count)
-    table = sum_over_replicas(table, replicas.axes)
-    union = merge(table)
-    if replicas.groups is None:
+        table = sum_over_replicas(_in_slot(row, own, len(replicas.groups or ())), replicas.axes)
+        return form.unpack(table[own]), form.unpack(jnp.sum(table, axis=0))
+    slot = lax.axis_index(replicas.axes)
+    table = sum_over_replicas(_in_slot(row, slot, replicas.size), replicas.axes)
+    union = form.unpack(table)
+    if own is None:
         return union, union
-    members = _group_of_each(replicas.groups) == _this_group(replicas)
+    members = _along_rows(_group_of_each(replicas.groups or ()) == own, table)
     # A row of another group may hold a NaN.
-    return merge(jnp.where(members[:, None], table, 0.0)), union
+    return form.unpack(jnp.where(members, table, 0.0)), union
+
+
+class _Form(NamedTuple):
+    """How moments travel: as one row, and from what arrives back to moments."""
+
+    is_sum: bool  # whether rows are added up; else they are merged as a table
+    pack: Callable[[Moments], Any]
+    unpack: Callable[[Any], Moments]
+
+    @classmethod
+    def of(cls, local: Moments) -> _Form:
+        """By what of the mesh XLA still divides, and whether there is float64."""
+        is_sum = local.mean.dtype == jnp.float64
+        pack: Callable[..., Any] = pack_sums if is_sum else pack_row
+        unpack: Callable[..., Any] = unpack_sums if is_sum else merge_table
+        one_count = local.count.ndim == 0
+        if not _channels_may_be_split():
+            return cls(
+                is_sum,
+                functools.partial(pack, xp=jnp),
+                functools.partial(unpack, xp=jnp, one_count=one_count),
+            )
+        # Each channel by itself, in a column: one after the other the three vectors would have to
+        # be brought together from the devices that their parts are on.
+        columns = jax.vmap(functools.partial(pack, xp=jnp), out_axes=-1)
+        merge = jax.vmap(functools.partial(unpack, xp=jnp, one_count=False), in_axes=-1)
+
+        def pack_columns(moments: Moments) -> Any:
+            parts = (jnp.broadcast_to(part, moments.mean.shape) for part in moments)
+            return columns(Moments(*(part[:, None] for part in parts)))
+
+        return cls(is_sum, pack_columns, lambda table: Moments(*(v[:, 0] for v in merge(table))))
+
+
+def _channels_may_be_split() -> bool:
+    """Whether the mesh has axes that are not mapped here, over which XLA lays out what it wants."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return len(mesh.axis_names) > len(mesh.manual_axes) > 0
 
 
 def sum_over_group(vector: Any, replicas: Replicas) -> tuple[Any, Any | None]:
     """The sum over this replica's group, and that over all; None where it would cost a collective.
 
     Args:
-        vector: shape (n,).
+        vector: any shape.
         replicas: who takes part; alone in its group a replica sends nothing.
     """
     groups = replicas.groups
@@ -106,4 +141,10 @@ def _in_slot(vector: Any, slot: Any, slots: int) -> Any:
 
     Not a product with a one-hot vector: a NaN would enter every row.
     """
-    return jnp.where(jnp.arange(slots)[:, None] == slot, vector, jnp.zeros((), vector.dtype))
+    own = _along_rows(jnp.arange(slots) == slot, vector[None])
+    return jnp.where(own, vector, jnp.zeros((), vector.dtype))
+
+
+def _along_rows(rows: Any, table: Any) -> Any:
+    """One value for each row of a table, as it is broadcast against it."""
+    return jnp.expand_dims(rows, tuple(range(1, table.ndim)))

@@ -6,12 +6,12 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from syncbn._backends.interface import Batch
+from syncbn._backends.interface import Batch, Scheme
 from syncbn._backends.jax.values import is_concrete
 from syncbn.errors import UnsupportedFeatureError
 from syncbn.moments import Moments
 
-__all__ = ["check", "refuse_tracing"]
+__all__ = ["check", "refuse_where_compiled"]
 
 
 def check(layer: str | None, union: Moments, batch: Batch) -> None:
@@ -29,11 +29,9 @@ def check(layer: str | None, union: Moments, batch: Batch) -> None:
 
     Raises:
         FloatingPointError: with the layer and the origin, as JAX's own `jax_debug_nans`.
-        UnsupportedFeatureError: the code is traced.
     """
     if layer is None:
         return
-    refuse_tracing(batch.inputs, layer, "nan_check=True", "look for the NaN with jax_debug_nans")
     origins = {"its input": [*union], "the state of the layer": [*batch.state.values()]}
     found = [
         origin
@@ -49,16 +47,23 @@ def check(layer: str | None, union: Moments, batch: Batch) -> None:
         )
 
 
-def refuse_tracing(inputs: Any, layer: str, argument: str, otherwise: str) -> None:
-    """Make sure that the inputs have values now.
+def refuse_where_compiled(scheme: Scheme, inputs: Any) -> None:
+    """Make sure that the inputs have values now, where an argument of the layer needs them.
 
     Raises:
         UnsupportedFeatureError: JAX traces or maps the code.
     """
+    if scheme.checked_layer is not None:
+        layer, argument = scheme.checked_layer, "nan_check=True"
+        otherwise = "look for the NaN with jax_debug_nans"
+    elif scheme.kept_output is not None:
+        layer, argument, otherwise = scheme.kept_output.layer, "save='output'", "take save='input'"
+    else:
+        return
     if not is_concrete(inputs):
         raise UnsupportedFeatureError(
             f"Layer {layer!r} with {argument} requires values to look at, and XLA, which compiles "
             "what JAX traces, leaves assertions out. Received: a call inside jax.jit or a map over "
-            "devices. Compile the model with jit_compile=False and run_eagerly=True, on one device "
-            f"or under keras.distribution, or {otherwise}."
+            "devices. Compile the model with jit_compile=False, on one device or under "
+            f"keras.distribution, or {otherwise}."
         )

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from syncbn._backends.interface import Activation, Batch, Scheme
-from syncbn._backends.jax import collectives, health, passes, virtual
-from syncbn._backends.jax.axes import summed_like, varying
+from syncbn._backends.jax import collectives, health, inversion, passes, virtual
 from syncbn._backends.jax.collectives import Replicas
+from syncbn._backends.jax.gradients import (
+    Part,
+    local_moments,
+    normalized,
+    normalized_keeping_output,
+)
 from syncbn._backends.jax.places import Place, Stages
 from syncbn.moments import Moments
 
@@ -53,7 +57,8 @@ def normalize(
         NotSynchronizableError: an axis_name that is not bound.
         InputError: the groups are no partition of the replicas.
         UnsupportedFeatureError: what needs to raise an error by values, under `jit`.
-        FloatingPointError: NaN or infinity was looked for and found.
+        FloatingPointError: NaN or infinity was looked for and found, or the output is to be kept
+            and cannot be inverted.
 
     References:
         Ioffe, Szegedy, "Batch Normalization", arXiv:1502.03167, 2015 (the gradient: section 3).
@@ -68,12 +73,15 @@ def normalize(
         stages = virtual.stages(batch, scheme, place.replicas)
     else:
         stages = _stages(batch, scheme, place.replicas)
+    health.refuse_where_compiled(scheme, x)
     # The gradient of the second stage is that of the moments too.
     own, union = place.moments(stages.moments, lax.stop_gradient(x), weights)
     health.check(scheme.checked_layer, union, batch)
     gamma, beta = affine(own)
     gamma = jnp.ones(channels, dtype) if gamma is None else _vector(gamma, dtype)
     beta = jnp.zeros(channels, dtype) if beta is None else _vector(beta, dtype)
+    if scheme.kept_output is not None:
+        inversion.check(scheme.kept_output, gamma, beta, x.dtype)
     return place.outputs(stages.outputs, x, weights, own, gamma, beta), union
 
 
@@ -83,100 +91,28 @@ def _vector(variable: Any, dtype: Any) -> Any:
 
 
 def _stages(batch: Batch, scheme: Scheme, replicas: Replicas) -> Stages:
-    part = _Part(batch.axis % batch.inputs.ndim, scheme.epsilon, replicas)
+    part = Part(batch.axis % batch.inputs.ndim, scheme.epsilon, replicas)
 
     def moments(x: Any, weights: Any | None) -> tuple[Moments, Moments]:
-        return collectives.exchange(_local(part, x, weights), replicas)
+        return collectives.exchange(local_moments(part, x, weights), replicas)
 
     def outputs(x: Any, weights: Any | None, own: Moments, gamma: Any, beta: Any) -> Any:
-        return _normalized(part, x, gamma, beta, own, weights)
+        return normalized(part, x, gamma, beta, own, weights)
 
-    return Stages(moments, _activated(scheme.activation, outputs))
+    if scheme.kept_output is None:
+        return Stages(moments, _activated(scheme.activation, outputs))
+    slope = scheme.kept_output.negative_slope
+    keeping = part._replace(activation=scheme.activation, negative_slope=slope)
+
+    def kept(x: Any, weights: Any | None, own: Moments, gamma: Any, beta: Any) -> Any:
+        return normalized_keeping_output(keeping, x, gamma, beta, own, weights)
+
+    return Stages(moments, kept)
 
 
 def _activated(activation: Activation | None, outputs: Callable[..., Any]) -> Callable[..., Any]:
     """The activation of the outputs, which the backward computes again rather than keep."""
     if activation is None:
         return outputs
-    return jax.checkpoint(lambda *arguments: activation(outputs(*arguments)))
-
-
-class _Part(NamedTuple):
-    """What forward and backward of one call have in common, and is known to Python."""
-
-    axis: int
-    epsilon: float
-    replicas: Replicas
-
-
-def _local(part: _Part, x: Any, weights: Any | None) -> Moments:
-    return passes.local_moments(x, weights, part.axis, collectives.moments_dtype())
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _normalized(
-    part: _Part, x: Any, gamma: Any, beta: Any, moments: Moments, weights: Any | None
-) -> Any:
-    """The outputs, with a gradient that knows that the moments are those of the inputs."""
-    del weights
-    scaling = passes.Scaling.of(moments, gamma, part.epsilon)
-    return passes.apply(x, scaling, beta, part.axis)
-
-
-def _normalized_forward(part: _Part, *arguments: Any) -> tuple[Any, Any]:
-    return _normalized(part, *arguments), arguments
-
-
-def _normalized_backward(part: _Part, arguments: Any, dy: Any) -> tuple[Any, ...]:
-    return *_gradient(part, dy, *arguments), None, None
-
-
-_normalized.defvjp(_normalized_forward, _normalized_backward)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _gradient(part: _Part, dy: Any, *arguments: Any) -> tuple[Any, Any, Any]:
-    """dx and the gradients of gamma and beta, themselves differentiable."""
-    return _gradient_of_part(part, dy, *arguments)
-
-
-def _gradient_forward(part: _Part, *arguments: Any) -> tuple[Any, Any]:
-    return _gradient_of_part(part, *arguments), arguments
-
-
-def _gradient_backward(part: _Part, arguments: Any, cotangents: Any) -> tuple[Any, ...]:
-    *derivable, _, weights = arguments
-
-    def again(dy: Any, x: Any, gamma: Any, beta: Any) -> tuple[Any, Any, Any]:
-        # The moments depend on x, and here that counts: compute them again, from operations that
-        # JAX can derive. Two more collectives, paid by gradients of gradients only.
-        moments, _ = collectives.exchange(_local(part, x, weights), part.replicas)
-        return _gradient_of_part(part, dy, x, gamma, beta, moments, weights)
-
-    _, pull_back = jax.vjp(again, *derivable)
-    return *pull_back(cotangents), None, None
-
-
-_gradient.defvjp(_gradient_forward, _gradient_backward)
-
-
-def _gradient_of_part(
-    part: _Part, dy: Any, x: Any, gamma: Any, beta: Any, moments: Moments, weights: Any | None
-) -> tuple[Any, Any, Any]:
-    scaling = passes.Scaling.of(moments, gamma, part.epsilon)
-    local = passes.sums(dy, x, weights, scaling, part.axis)
-    own, of_all = collectives.sum_over_group(local, part.replicas)
-    correction = passes.Correction.of(own, moments.count, scaling)
-    dx = passes.gradient(dy, x, weights, scaling, correction, part.axis)
-
-    def of_weight(half: slice, weight: Any) -> Any:
-        extra = varying(local) - varying(weight)
-        # What the collective has summed already, where it is over the same axes.
-        if of_all is not None and extra == {*part.replicas.axes}:
-            return of_all[half]
-        return summed_like(local[half], weight)
-
-    channels = gamma.shape[0]
-    of_gamma = of_weight(slice(channels, None), gamma)
-    of_beta = of_weight(slice(None, channels), beta)
-    return summed_like(dx, x), of_gamma, of_beta
+    again: Callable[..., Any] = jax.checkpoint(lambda *arguments: activation(outputs(*arguments)))
+    return again

@@ -60,8 +60,8 @@ class Correction(NamedTuple):
 
     @classmethod
     def of(cls, total: Any, count: Any, scaling: Scaling) -> Correction:
-        """From `sums` of the whole batch, shape (2C,), and its count."""
-        outputs, normalized = jnp.split(total / as_divisor(count, jnp).astype(total.dtype), 2)
+        """From `sums` of the whole batch, shape (2, C), and its count."""
+        outputs, normalized = total / as_divisor(count, jnp).astype(total.dtype)
         slope = normalized * scaling.inverse
         return cls(slope, outputs - slope * scaling.mean_rest)
 
@@ -104,13 +104,16 @@ def apply(x: Any, scaling: Scaling, beta: Any, axis: int) -> Any:
 
 
 def sums(dy: Any, x: Any, weights: Any | None, scaling: Scaling, axis: int) -> Any:
-    """`Σ dy` and `Σ dy·x̂`, the gradients of beta and gamma, shape (2C,)."""
+    """`Σ dy` and `Σ dy·x̂`, the gradients of beta and gamma, shape (2, C).
+
+    Not one behind the other: where XLA splits the channels over devices, they stay there.
+    """
     others = _others(x.ndim, axis)
     dy, x = _counted(dy, x, weights, scaling)
     outputs = jnp.sum(dy, axis=others)
     deviations = jnp.sum(dy * (x - _along(scaling.mean, x, axis)), axis=others)
     normalized = (deviations - scaling.mean_rest * outputs) * scaling.inverse
-    return jnp.concatenate([outputs, normalized])
+    return jnp.stack([outputs, normalized])
 
 
 def gradient(

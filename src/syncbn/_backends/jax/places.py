@@ -156,4 +156,4 @@ def _parts_of_batch() -> tuple[Any, Any, int]:
 def _is_divisible(batch: Batch, count: int) -> bool:
     """Whether each device holds as many examples as the others; they are on the first axis."""
     rank = batch.inputs.ndim
-    return batch.axis % rank > 0 and batch.inputs.shape[0] % count == 0
+    return bool(batch.axis % rank > 0 and batch.inputs.shape[0] % count == 0)

@@ -1,44 +1,22 @@
-"""A training loop over the replicas of a strategy that equals the loop on one device.
-
-Keras's own `fit` divides the mean loss of each replica by the number of replicas, which is wrong as
-soon as they hold different numbers of examples, as they do in the last batch of most epochs. Here
-the loss of an example is divided by the size of the global batch.
-"""
+"""A training loop over the replicas of a strategy that equals the loop on one device."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
+from syncbn._backends.classifier import Batch, Loop, part_of
 from syncbn.errors import WorkerError
 
-__all__ = ["ClassifierLoop", "Score"]
+__all__ = ["ClassifierLoop"]
 
 
-class Score(NamedTuple):
-    """Means over examples."""
-
-    loss: float  # categorical cross-entropy, in nats
-    accuracy: float  # share of right answers, 0..1
-
-
-class Batch(NamedTuple):
-    """A global batch, which every worker has whole and of which every replica takes its part."""
-
-    x: Any
-    y: Any
-    full_size: int  # of all batches but the last, which may be smaller
-
-
-class ClassifierLoop:
+class ClassifierLoop(Loop):
     """Trains a classifier with `strategy.run`, and evaluates it on one device.
-
-    On several workers all of them make the same calls with the same arrays, except for `evaluate`
-    and `weights`: these need no other worker.
 
     Args:
         strategy: over whose replicas each batch is split.
@@ -60,18 +38,8 @@ class ClassifierLoop:
             lambda x: self.model(x, training=False), input_signature=[images], autograph=False
         ).get_concrete_function()
 
-    def batches(self, x: Any, y: Any, order: Any, batch_size: int) -> Iterator[tuple[Batch, int]]:
-        """The examples in that order, in global batches, and their sizes; the last is the rest."""
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            yield Batch(x[chosen], y[chosen], batch_size), len(chosen)
-
     def step(self, batch: Batch, size: int) -> tuple[float, float]:
-        """One step of the optimizer; the sums over the batch of losses and of right answers.
-
-        Raises:
-            WorkerError: another worker is gone.
-        """
+        """One step of the optimizer; the sums over the batch of losses and of right answers."""
         if self._step is None:
             # One trace, for any size of every part. By the sizes of the batches it meets,
             # TensorFlow would trace a ragged one with known sizes on some replicas alone, of which
@@ -107,7 +75,7 @@ class ClassifierLoop:
         if replicas == 1:
             return x, y
         index = tf.cast(tf.distribute.get_replica_context().replica_id_in_sync_group, tf.int64)
-        start, end = (-(-full_size * number // replicas) for number in (index, index + 1))
+        start, end = part_of(full_size, index, replicas)
         return x[start:end], y[start:end]
 
     def _replica_step(self, x: Any, y: Any, full_size: Any, size: Any) -> Any:
@@ -141,19 +109,12 @@ class ClassifierLoop:
         )
         return [tf.where(overflows > 0, np.nan, gradient) for gradient in gradients]
 
-    def evaluate(self, x: Any, y: Any, batch_size: int = 512) -> Score:
-        """Loss and accuracy in inference, with the weights that saving the model would keep."""
-        losses = hits = 0.0
-        for start in range(0, len(x), batch_size):
-            labels = y[start : start + batch_size]
-            with self._strategy.scope():
-                probabilities = self._infer(tf.constant(x[start : start + batch_size])).numpy()
-            of_label = probabilities[np.arange(len(labels)), labels].astype(np.float64)
-            losses -= float(np.log(np.maximum(of_label, 1e-7)).sum())
-            hits += float((probabilities.argmax(axis=-1) == labels).sum())
-        return Score(losses / len(x), hits / len(x))
+    def infer(self, x: Any) -> Any:
+        """Probabilities in inference, on one device."""
+        with self._strategy.scope():
+            return self._infer(tf.constant(x)).numpy()
 
     def weights(self) -> list[Any]:
         """A copy of the model's weights, in Keras's order."""
         with self._strategy.scope():
-            return [np.array(weight) for weight in self.model.get_weights()]
+            return super().weights()

@@ -10,11 +10,35 @@ import tensorflow as tf
 
 from syncbn.errors import InputError
 
-__all__ = ["make_virtual_devices", "mirrored_strategy", "one_device_strategy", "workers_strategy"]
+__all__ = [
+    "make_virtual_devices",
+    "mirrored_strategy",
+    "one_device_strategy",
+    "prepare",
+    "strategy_over",
+    "workers_strategy",
+]
 
 # Groups of collectives are numbered upwards from a strategy's base; TensorFlow's own tests keep
 # strategies of one process apart by bases this far from each other.
 _KEY_BASES = itertools.count(100_000, 100_000)
+
+
+def prepare(devices: int, precision: str) -> None:
+    """Make the devices of a job; must come before anything else uses TensorFlow.
+
+    Raises:
+        InputError: it is too late.
+    """
+    del precision  # there is every dtype from the start
+    make_virtual_devices(devices)
+
+
+def strategy_over(replicas: int, by_processes: bool) -> Any:
+    """What a loop is given: a strategy over all workers, or over devices of this process."""
+    if by_processes:
+        return workers_strategy()
+    return one_device_strategy() if replicas == 1 else mirrored_strategy(replicas)
 
 
 def make_virtual_devices(count: int) -> list[str]:

@@ -6,10 +6,10 @@ import itertools
 import keras
 import numpy as np
 import pytest
-from tests.harness import assert_close, make_case
+from tests import one_device
+from tests.harness import assert_close, make_case, numbers
 
 import syncbn
-import tensorflow as tf
 
 STEPS = 3
 KERAS_HAS_RENORM = hasattr(keras.layers.BatchNormalization(), "renorm")
@@ -17,6 +17,9 @@ KERAS_HAS_RENORM = hasattr(keras.layers.BatchNormalization(), "renorm")
 # Of a masked batch Keras divides by the count plus 1e-7. In half precision both round what they
 # read and write.
 TOLERANCE = {"float32": 1e-5, "float64": 1e-8, "mixed_float16": 4e-3, "mixed_bfloat16": 3e-2}
+if keras.backend.backend() == "torch":
+    # Keras computes the moments of float64 in float32 there; ours are held to the oracle's.
+    TOLERANCE["float64"] = 2e-6
 
 # Each argument's values; the grid is all of them with each other.
 ARGUMENTS = {
@@ -52,7 +55,7 @@ def keras_counts_all_that_a_mask_leaves():
     """
     layer = keras.layers.BatchNormalization(axis=1, momentum=0.0)
     layer(np.ones((1, 2, 3), "f4"), training=True, mask=np.ones((1, 2), bool))
-    return bool(np.all(layer.moving_mean.numpy() < 2))
+    return bool(np.all(numbers(layer.moving_mean) < 2))
 
 
 def train(layer, case, mask, trainable=True):
@@ -61,18 +64,13 @@ def train(layer, case, mask, trainable=True):
     layer.trainable = trainable
     results = []
     for step in range(STEPS + 1):
-        x = tf.constant(case.parts[0] * (step + 1) + step)
+        x = (case.parts[0] * (step + 1) + step).astype(case.parts[0].dtype)
+        results += one_device.step(layer, x, case.cotangents[0], training=step < STEPS, mask=mask)
         # Before Keras 3.5 the attribute is missing without the weight.
-        variables = [getattr(layer, name, None) for name in ("gamma", "beta")]
-        variables = [v for v in variables if v is not None]
-        with tf.GradientTape() as tape:
-            tape.watch(x)
-            y = layer(x, training=step < STEPS, mask=mask)
-        cotangent = tf.cast(case.cotangents[0], y.dtype)
-        results += [y, *tape.gradient(y, [x, *[v.value for v in variables]], cotangent)]
-        for variable in variables:  # any update that is the same for both
-            variable.assign(variable * 0.9 + 0.1)
-        results += [weight.numpy() for weight in layer.weights]
+        for variable in (getattr(layer, name, None) for name in ("gamma", "beta")):
+            if variable is not None:  # any update that is the same for both
+                variable.assign(variable * 0.9 + 0.1)
+        results += [numbers(weight) for weight in layer.weights]
     return results
 
 
@@ -85,15 +83,16 @@ def assert_same(arguments, dtype="float32", masked=False, trainable=True):
         mask = np.random.default_rng(1).random(shape[:-1]) > 0.4
         # What is masked does not exist for our gradients; Keras lets its cotangent in.
         case = case._replace(cotangents=[np.where(mask[..., None], case.cotangents[0], 0)])
-    layers = [
-        layer_class(**arguments, **INITIALIZERS, dtype=dtype)
-        for layer_class in (syncbn.SyncBatchNormalization, keras.layers.BatchNormalization)
-    ]
-    ours, theirs = (train(layer, case, mask, trainable) for layer in layers)
+    with one_device.precision(dtype):
+        layers = [
+            layer_class(**arguments, **INITIALIZERS, dtype=dtype)
+            for layer_class in (syncbn.SyncBatchNormalization, keras.layers.BatchNormalization)
+        ]
+        ours, theirs = (train(layer, case, mask, trainable) for layer in layers)
     assert [w.name for w in layers[0].weights] == [w.name for w in layers[1].weights]
     for number, (own, its) in enumerate(zip(ours, theirs, strict=True)):
         assert own.dtype == its.dtype
-        own, its = (np.asarray(tf.cast(value, tf.float64)) for value in (own, its))
+        own, its = (value.astype(np.float64) for value in (own, its))
         if mask is not None and own.shape == shape:
             own, its = own[mask], its[mask]
         assert_close(f"result {number} of {arguments}", own, its, TOLERANCE[dtype])
@@ -110,8 +109,10 @@ GRID = [
 def test_every_combination_of_arguments_is_keras_s(masked, dtype, renorm):
     if RENORM[renorm] and not KERAS_HAS_RENORM:
         pytest.skip("Keras before 3.13 has no renorm to compare with")
-    # In half precision and in float64 a sample of the grid.
-    for arguments in GRID if dtype == "float32" else GRID[::5]:
+    # In half precision and in float64 a sample of the grid, with every value of each argument, and
+    # where the arguments are the same code as on TensorFlow.
+    whole = dtype == "float32" and keras.backend.backend() == "tensorflow"
+    for arguments in GRID if whole else GRID[::5]:
         if not masked or arguments["axis"] == -1 or keras_counts_all_that_a_mask_leaves():
             assert_same(arguments | RENORM[renorm], dtype, masked)
 
@@ -152,7 +153,7 @@ def test_keras_crashes_at_a_mask_and_one_channel():
         keras.layers.BatchNormalization(axis=1)(x, training=True, mask=mask)
     layer = syncbn.SyncBatchNormalization(axis=1, momentum=0.0)
     layer(x, training=True, mask=mask)
-    assert layer.moving_mean.numpy() == pytest.approx([3.5])
+    assert numbers(layer.moving_mean) == pytest.approx([3.5])
 
 
 def test_keras_moves_its_statistics_by_a_batch_without_elements():
@@ -160,8 +161,8 @@ def test_keras_moves_its_statistics_by_a_batch_without_elements():
     theirs, ours = keras.layers.BatchNormalization(), syncbn.SyncBatchNormalization()
     for layer in (theirs, ours):
         layer(x, training=True, mask=mask)
-    assert theirs.moving_variance.numpy() == pytest.approx([0.99] * 4)
-    np.testing.assert_array_equal(ours.moving_variance.numpy(), np.ones(4))
+    assert numbers(theirs.moving_variance) == pytest.approx([0.99] * 4)
+    np.testing.assert_array_equal(numbers(ours.moving_variance), np.ones(4))
 
 
 def test_keras_lets_the_cotangent_of_what_is_masked_into_the_gradient_of_gamma():
@@ -172,34 +173,10 @@ def test_keras_lets_the_cotangent_of_what_is_masked_into_the_gradient_of_gamma()
     for layer_class in (syncbn.SyncBatchNormalization, keras.layers.BatchNormalization):
         layer = layer_class()
         layer.build((None, 5, 4))
-        with tf.GradientTape() as tape:
-            y = layer(case.parts[0], training=True, mask=mask)
-        gradients.append(tape.gradient(y, layer.gamma.value, case.cotangents[0]))
+        _, _, of_gamma, _ = one_device.step(layer, case.parts[0], case.cotangents[0], mask=mask)
+        gradients.append(of_gamma)
     assert_close("gamma gradient", gradients[0], expected, 2e-6)
     assert np.abs(gradients[1] - expected).max() > 0.1
-
-
-@pytest.mark.parametrize(
-    ("clipping", "message"),
-    [
-        ({"rmax": 0.5, "rmin": 2.0}, r"Received: rmin=2\.0, rmax=0\.5\."),
-        ({"dmax": -1.0}, r"dmax >= 0\. Received: dmax=-1\.0\."),
-        ({"rmax": -1.0}, r"rmax >= 0\. Received: rmax=-1\.0\."),
-        ({"rmx": 1.0}, r"Received: \['rmx'\] in renorm_clipping=\{'rmx': 1\.0\}"),
-        ({"rmax": float("nan")}, r"Received: \{'rmax': nan\}"),
-        ({"rmax": "3"}, r"Received: \{'rmax': '3'\}"),
-        ([1, 2], r"requires a dictionary .* Received: renorm_clipping=\[1, 2\]"),
-    ],
-)
-def test_bad_clipping_is_refused_with_its_values_of_which_keras_prints_none(clipping, message):
-    with pytest.raises(syncbn.InputError, match=message):
-        syncbn.SyncBatchNormalization(renorm=True, renorm_clipping=clipping)
-
-
-@pytest.mark.parametrize("momentum", [None, "a"])
-def test_a_momentum_of_renormalization_that_is_none_is_refused(momentum):
-    with pytest.raises(syncbn.InputError, match=f"Received: renorm_momentum={momentum!r}"):
-        syncbn.SyncBatchNormalization(renorm=True, renorm_momentum=momentum)
 
 
 def test_keras_prints_the_name_of_a_variable():

@@ -1,0 +1,30 @@
+"""Processes for jobs that syncbn runs itself, such as `syncbn train`."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+from typing import Any
+
+import torch
+from torch import distributed
+
+__all__ = ["prepare", "strategy_over"]
+
+
+def prepare(devices: int, precision: str) -> None:
+    """Nothing: replicas are processes, each with a device of its own, and there is every dtype."""
+    del devices, precision
+
+
+@functools.cache
+def strategy_over(replicas: int, by_processes: bool) -> Any:
+    """What a loop is given: the process group of torch's env:// variables; None for one process."""
+    del replicas
+    if not by_processes:
+        return None
+    if not distributed.is_initialized():
+        on_gpu = torch.cuda.is_available()
+        distributed.init_process_group("nccl" if on_gpu else "gloo")
+        atexit.register(distributed.destroy_process_group)
+    return distributed.group.WORLD
