@@ -89,9 +89,7 @@ def alone(batches):
 )
 def test_distributed_data_parallel_trains_to_what_one_process_gives(sizes, wrap):
     batches = data(sizes)
-    arguments = [
-        ([step[rank] for step in batches], wrap, sum(sizes)) for rank in range(len(sizes))
-    ]
+    arguments = [([step[rank] for step in batches], wrap, sum(sizes)) for rank in range(len(sizes))]
     results = POOL.run(train, arguments)
     for expected, *own in zip(alone(batches), *results, strict=True):
         assert len({weight.tobytes() for weight in own}) == 1
@@ -194,9 +192,7 @@ def test_torch_compile_makes_one_graph_that_gives_what_one_device_gives(case, op
 def test_what_must_be_able_to_stop_is_refused_where_torch_compiles(options):
     torch.compiler.reset()
     layer = make_layer(make_case([(5, 4)]), **options)
-    function = torch.compile(
-        lambda x: layer(x, training=True), fullgraph=True, backend="aot_eager"
-    )
+    function = torch.compile(lambda x: layer(x, training=True), fullgraph=True, backend="aot_eager")
     with pytest.raises(Exception, match="requires that torch does not compile it"):
         function(torch.randn(5, 4, requires_grad=True))
 
