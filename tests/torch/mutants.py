@@ -1,4 +1,4 @@
-"""Defects put into the torch backend on purpose, as `tests/mutants.py` puts them into TensorFlow's."""
+"""Defects put into the torch backend on purpose, as `tests/mutants.py` into TensorFlow's."""
 
 from __future__ import annotations
 
@@ -63,4 +63,25 @@ MUTANTS: dict[str, Callable[[], None]] = {
     "mask_is_a_factor": _mask_is_a_factor,
     "never_synchronizes": _never_synchronizes,
     "two_collectives": _two_collectives,
+}
+
+FEATURES = "tests/contract/test_features.py::test_a_feature_gives_what_one_device_gives"
+COUNT = (
+    "tests/torch/test_process_groups.py"
+    "::test_one_collective_forward_and_one_backward_none_in_inference"
+)
+GROUPS = (
+    "tests/torch/test_process_groups.py::test_the_processes_of_a_given_group_are_the_replicas"
+)
+GARBAGE = (
+    "tests/torch/test_gradients.py::test_what_is_in_a_masked_position_changes_nothing_elsewhere"
+)
+
+# A few tests a mutant, of those that must notice it; each of them passes without it.
+NOTICED_BY: dict[str, list[str]] = {
+    "equal_weights": [f"{FEATURES}[relu-uneven-graph-float32]", GROUPS],
+    "local_backward": [f"{FEATURES}[silu-uneven-eager-float64]", GROUPS],
+    "mask_is_a_factor": [f"{GARBAGE}[sizes0-nan]", f"{GARBAGE}[sizes1-inf]"],
+    "never_synchronizes": [f"{FEATURES}[mask-empty-graph-float32]", GROUPS],
+    "two_collectives": [f"{COUNT}[arguments0-backward0]"],
 }

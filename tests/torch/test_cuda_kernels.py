@@ -31,13 +31,14 @@ def batch_norm_stats(x, eps):
     return mean, torch.where((variance != 0) | (eps != 0), inverse, torch.zeros_like(inverse))
 
 
-def batch_norm_elemt(x, weight, bias, mean, invstd, eps):
+def batch_norm_elemt(x, weight, bias, mean, invstd, eps):  # noqa: ARG001
     weight, bias, mean, invstd = _vectors(x, weight, bias, mean, invstd)
     return (x - mean) * invstd * weight + bias
 
 
-def batch_norm_backward_reduce(dy, x, mean, invstd, weight, input_g, weight_g, bias_g):
-    assert dy.is_contiguous() and x.is_contiguous()
+def batch_norm_backward_reduce(dy, x, mean, invstd, weight, input_g, weight_g, bias_g):  # noqa: ARG001
+    assert dy.is_contiguous()
+    assert x.is_contiguous()
     sum_dy, sum_dy_xmu = _sum(dy), _sum(dy * (x - _vectors(x, mean)[0]))
     return sum_dy, sum_dy_xmu, sum_dy_xmu * invstd, sum_dy
 
