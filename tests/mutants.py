@@ -5,6 +5,8 @@ Chosen by the environment variable SYNCBN_MUTANT; `tests/meta/test_mutants.py` r
 
 from __future__ import annotations
 
+import importlib
+import os
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -149,7 +151,16 @@ MUTANTS: dict[str, Callable[[], None]] = {
 }
 
 
+def of_backend(backend: str) -> dict[str, Callable[[], None]]:
+    """The mutants of one of Keras's backends; those here are TensorFlow's."""
+    if backend == "tensorflow":
+        return MUTANTS
+    mutants: dict[str, Callable[[], None]]
+    mutants = importlib.import_module(f"tests.{backend}.mutants").MUTANTS
+    return mutants
+
+
 def apply(name: str) -> None:
     """Put the named defect in; none for an empty name."""
     if name:
-        MUTANTS[name]()
+        of_backend(os.environ.get("KERAS_BACKEND", "tensorflow"))[name]()

@@ -25,12 +25,12 @@ __all__ = [
 
 
 def _maximum(tensor: Any, other: Any) -> Any:
-    other = ops.cast(other, tensor.dtype)
+    other = ops.convert_to_tensor(other, tensor.dtype)
     return ops.where(tensor < other, other, tensor)  # of a NaN it is NaN
 
 
 def _minimum(tensor: Any, other: Any) -> Any:
-    other = ops.cast(other, tensor.dtype)
+    other = ops.convert_to_tensor(other, tensor.dtype)
     return ops.where(tensor > other, other, tensor)
 
 

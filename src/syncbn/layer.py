@@ -243,7 +243,10 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
     def build(self, input_shape: Any) -> None:
         """Make the weights: Keras's, in its order, then those of this layer's own arguments."""
         super().build(input_shape)
-        casts_arrays_unasked()  # `input_dtype` asks, also where torch.compile could not find out
+        if keras.backend.backend() == "torch":
+            # What `call` needs, before torch.compile traces it: it can neither import nor try out.
+            _backends.get("torch")
+            casts_arrays_unasked()
         # Keras before 3.13 knows nothing of renorm.
         if self.renorm and not hasattr(self, "renorm_mean"):
             add_renorm_weights(self)

@@ -10,6 +10,8 @@ from tests.oracle import ACTIVATIONS
 
 import syncbn
 
+# What Keras computes with float32 somewhere, also of float64.
+ROUNDED_BY_KERAS = {"tensorflow": ("leaky_relu",), "jax": ("tanh",)}
 NAMES = [name for name in ACTIVATIONS if name not in (None, "linear")]
 
 
@@ -18,8 +20,8 @@ NAMES = [name for name in ACTIVATIONS if name not in (None, "linear")]
 def test_an_activation_inside_gives_what_one_device_gives(name, dtype):
     case = make_case([(33, 6, 5), (32, 6, 5)], dtype=dtype)._replace(options={"activation": name})
     tolerance = {"float32": 2e-6, "float64": 1e-11}[dtype]
-    if name == "leaky_relu":
-        tolerance = 2e-6  # TensorFlow's slope is a float32, also for float64
+    if name in ROUNDED_BY_KERAS.get(keras.backend.backend(), ()):
+        tolerance = 2e-6
     mode = {"float32": "graph", "float64": "eager"}[dtype]
     assert_equals_one_device(case, observe(case, mode=mode), tolerance)
 

@@ -17,6 +17,9 @@ KERAS_HAS_RENORM = hasattr(keras.layers.BatchNormalization(), "renorm")
 # Of a masked batch Keras divides by the count plus 1e-7. In half precision both round what they
 # read and write.
 TOLERANCE = {"float32": 1e-5, "float64": 1e-8, "mixed_float16": 4e-3, "mixed_bfloat16": 3e-2}
+if keras.backend.backend() == "torch":
+    # Keras computes the moments of float64 in float32 there; ours are held to the oracle's.
+    TOLERANCE["float64"] = 2e-6
 
 # Each argument's values; the grid is all of them with each other.
 ARGUMENTS = {
@@ -106,8 +109,10 @@ GRID = [
 def test_every_combination_of_arguments_is_keras_s(masked, dtype, renorm):
     if RENORM[renorm] and not KERAS_HAS_RENORM:
         pytest.skip("Keras before 3.13 has no renorm to compare with")
-    # In half precision and in float64 a sample of the grid.
-    for arguments in GRID if dtype == "float32" else GRID[::5]:
+    # In half precision and in float64 a sample of the grid, with every value of each argument, and
+    # where the arguments are the same code as on TensorFlow.
+    whole = dtype == "float32" and keras.backend.backend() == "tensorflow"
+    for arguments in GRID if whole else GRID[::5]:
         if not masked or arguments["axis"] == -1 or keras_counts_all_that_a_mask_leaves():
             assert_same(arguments | RENORM[renorm], dtype, masked)
 

@@ -5,7 +5,7 @@ import functools
 import numpy as np
 import pytest
 from tests.golden.file import FILE, arrays, read
-from tests.harness import assert_close, observe
+from tests.harness import assert_close, dtype_of, observe
 
 VECTORS = read()
 
@@ -51,6 +51,27 @@ def test_this_backend_gives_the_golden_vectors(name, dtype):
     large = name == "large mean" and dtype == "float32"
     tolerance = AT_A_LARGE_MEAN if large else TOLERANCE[dtype]
     assert_golden(VECTORS[name], observed(name, dtype), tolerance)
+
+
+# Outputs and input gradients are rounded to it at the end, and nothing is before.
+HALF = {"float16": 2e-3, "bfloat16": 1.6e-2}
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_this_backend_gives_the_golden_vectors_in_half_precision(dtype):
+    vectors = VECTORS["half precision"]
+    parts, cotangents = (
+        [array.astype(dtype_of(dtype)) for array in arrays]
+        for arrays in (vectors.case.parts, vectors.case.cotangents)
+    )
+    for narrow, wide in zip(parts, vectors.case.parts, strict=True):
+        np.testing.assert_array_equal(narrow.astype(np.float64), wide)
+    case = vectors.case._replace(parts=parts, cotangents=cotangents)
+    found = observe(case, dtype=f"mixed_{dtype}")
+    assert_golden(vectors, found, HALF[dtype])
+    # The weights of a mixed policy are float32, and all that becomes of them.
+    exact = {name: getattr(vectors, name) for name in ("outputs", "input_gradients")}
+    assert_golden(vectors, found._replace(**exact), TOLERANCE["float32"])
 
 
 PERTURBED = [f for f in type(VECTORS["uneven"])._fields if f not in ("case", "mean", "variance")]

@@ -61,7 +61,17 @@ def cases() -> dict[str, Case]:
             momentum=None, options={"unbiased_moving_variance": True}
         ),
         "silu inside": of(6, 5)._replace(options={"activation": "silu"}),
+        "half precision": _in_few_digits(of(7, 6)),
     }
+
+
+def _in_few_digits(case: Case) -> Case:
+    """In 7 bits and a sign: bfloat16 has 8, so that it is asked what float64 is asked."""
+
+    def few(arrays: list[np.ndarray]) -> list[np.ndarray]:
+        return [np.clip(np.round(array * 16), -127, 127) / 16 for array in arrays]
+
+    return case._replace(parts=few(case.parts), cotangents=few(case.cotangents))
 
 
 def vectors_of(case: Case) -> Vectors:

@@ -1,4 +1,4 @@
-"""One of several processes that train a model together: `fit_worker.py FILE ADDRESS COUNT INDEX`."""
+"""One of several processes that train a model: `fit_worker.py FILE ADDRESS COUNT INDEX`."""
 
 from __future__ import annotations
 

@@ -29,11 +29,11 @@ NOTICED_BY = {
     "empty_batches_count": [f"{MASKED_OUT}[2-0.9-options1]", f"{MASKED_OUT}[1-None-options3]"],
     "equal_weights": [f"{EQUIVALENCE}[uneven-float32]", f"{EQUIVALENCE}[one against many-float64]"],
     "folded_sum_of_squares": [f"{VARIANCE}[1000.0-0.0001]"],
-    "groups_move_apart": [f"{FEATURES}[groups-uneven-graph-float32]"],
+    "groups_move_apart": [f"{FEATURES}[groups-uneven-graph]"],
     "mask_is_a_factor": [f"{GARBAGE}[nan-graph]", f"{GARBAGE}[inf-eager]"],
     "masked_is_local": [
-        f"{FEATURES}[mask-uneven-graph-float32]",
-        f"{FEATURES}[weights-three-eager-float64]",
+        f"{FEATURES}[mask-uneven-graph]",
+        f"{FEATURES}[weights-three-eager]",
     ],
     "local_backward": [f"{EQUIVALENCE}[equal-float32]", f"{EQUIVALENCE}[uneven-float64]"],
     "never_synchronizes": [
@@ -43,7 +43,7 @@ NOTICED_BY = {
         f"{COUNT}[2]",
     ],
     "two_collectives": [f"{COUNT}[2]", f"{COUNT}[4]"],
-    "weights_are_a_mask": [f"{FEATURES}[weights-one-graph-float32]"],
+    "weights_are_a_mask": [f"{FEATURES}[weights-uneven-graph]"],
 }
 
 

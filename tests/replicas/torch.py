@@ -139,7 +139,7 @@ def _serve(connection: Any, rank: int) -> None:
             keras.backend.clear_session(free_memory=False)
             keras.utils.set_random_seed(0)
             result = function(*arguments)
-        except BaseException as error:
+        except Exception as error:  # noqa: BLE001 - it is raised where the test is
             error.add_note(f"rank {rank}: {traceback.format_exc()}")
             result = error
         connection.send(result)
@@ -162,8 +162,9 @@ def array(tensor: torch.Tensor) -> np.ndarray:
 
 
 def make_layer(case: Case, dtype: str = "float32", **arguments: Any) -> Any:
-    """A layer built for any size, holding the case's weights."""
+    """A layer built for any size, holding the case's weights, or those of `state` by name."""
     layer_class = arguments.pop("layer_class", syncbn.SyncBatchNormalization)
+    state = arguments.pop("state", None) or {}
     layer = layer_class(
         axis=case.axis,
         epsilon=case.epsilon,
@@ -178,11 +179,19 @@ def make_layer(case: Case, dtype: str = "float32", **arguments: Any) -> Any:
         layer.gamma.assign(case.gamma)
     if layer.center:
         layer.beta.assign(case.beta)
+    for weight in layer.weights:
+        if weight.name in state:
+            weight.assign(state[weight.name])
     return layer
 
 
 def observe(
-    case: Case, *, mode: str = "graph", dtype: str | None = None, **arguments: Any
+    case: Case,
+    *,
+    mode: str = "graph",
+    dtype: str | None = None,
+    training: bool = True,
+    **arguments: Any,
 ) -> Observed:
     """What the replicas see in one training step, each in a process of its own.
 
@@ -191,15 +200,16 @@ def observe(
         mode: "graph" or "eager", the same here: torch runs eagerly unless it is told otherwise, and
             `torch.compile` has tests of its own.
         dtype: the layer's policy; the data's own by default.
-        **arguments: of the layer.
+        training: what the layer is called with.
+        **arguments: of the layer; `state`, of `make_layer`.
     """
     assert mode in ("graph", "eager")
     dtype = dtype or case.parts[0].dtype.name
     parts = [replica_case(case, replica) for replica in range(len(case.parts))]
-    if len(parts) == 1:
-        return Observed(*([one] for one in step(parts[0], dtype, arguments)))
-    results = POOL.run(step, [(part, dtype, arguments) for part in parts])
-    return Observed(*map(list, zip(*results, strict=True)))
+    calls = [(part, dtype, training, arguments) for part in parts]
+    results = [step(*calls[0])] if len(parts) == 1 else POOL.run(step, calls)
+    *observed, weights = map(list, zip(*results, strict=True))
+    return Observed(*observed, {name: [own[name] for own in weights] for name in weights[0]})
 
 
 def replica_case(case: Case, replica: int) -> Case:
@@ -220,15 +230,17 @@ def call_arguments(case: Case) -> dict[str, torch.Tensor]:
     return {name: tensor(values[0]) for name, values in given.items() if values is not None}
 
 
-def step(case: Case, dtype: str, arguments: dict[str, Any]) -> tuple[np.ndarray, ...]:
-    """One training step on this replica: outputs, gradients and moving statistics."""
+def step(case: Case, dtype: str, training: bool, arguments: dict[str, Any]) -> tuple[Any, ...]:
+    """One step on this replica: outputs, gradients, moving statistics, all weights by name."""
     layer = make_layer(case, dtype, **arguments)
     x = tensor(case.parts[0]).requires_grad_()
-    y = layer(x, training=True, **call_arguments(case))
+    y = layer(x, training=training, **call_arguments(case))
     y.backward(tensor(case.cotangents[0]).to(y.dtype))
 
     def gradient(weight: Any) -> np.ndarray:
-        return np.zeros(len(case.gamma)) if weight is None else array(weight.value.grad)
+        # That of a frozen layer has none.
+        own = None if weight is None else weight.value.grad
+        return np.zeros(len(case.gamma)) if own is None else array(own)
 
     return (
         array(y),
@@ -237,4 +249,5 @@ def step(case: Case, dtype: str, arguments: dict[str, Any]) -> tuple[np.ndarray,
         gradient(layer.beta if layer.center else None),
         array(layer.moving_mean.value),
         array(layer.moving_variance.value),
+        {weight.name: array(weight.value) for weight in layer.weights},
     )

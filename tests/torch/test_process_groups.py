@@ -85,13 +85,13 @@ def test_ranks_of_a_file_are_no_obstacle_in_a_process_that_is_alone():
     assert layer.moving_mean.numpy() == pytest.approx([0.01, 0.01])
 
 
-def test_a_group_that_is_gone_is_refused(monkeypatch):
+def test_a_group_that_is_gone_is_refused():
     layer = syncbn.SyncBatchNormalization(process_group=object())
     with pytest.raises(syncbn.NotSynchronizableError, match="init_process_group"):
         layer(torch.ones(3, 2), training=True)
 
 
-def count_collectives(rank, case, arguments):
+def count_collectives(case, arguments):
     """How many collectives a call starts in training, its backward, inference, and when frozen."""
     counts, started = [], []
     real = dist.all_reduce
@@ -132,19 +132,15 @@ FORWARD, BACKWARD = ["torch.float64"], ["torch.float32"]
 )
 def test_one_collective_forward_and_one_backward_none_in_inference(arguments, backward):
     case = make_case([(4, 5), (0, 5)])
-    cases = [(rank, replica_case(case, rank), arguments) for rank in range(2)]
+    cases = [(replica_case(case, rank), arguments) for rank in range(2)]
     for counts in POOL.run(count_collectives, cases):
         assert counts == [FORWARD, backward, [], []]
 
 
-def groups_of_two(rank, case):
-    return count_collectives(rank, case, {"group_size": 2})
-
-
 def test_groups_of_replicas_share_one_collective_each_way():
     case = make_case([(4, 5), (0, 5), (3, 5), (2, 5)])
-    cases = [(rank, replica_case(case, rank)) for rank in range(4)]
-    for counts in POOL.run(groups_of_two, cases):
+    cases = [(replica_case(case, rank), {"group_size": 2}) for rank in range(4)]
+    for counts in POOL.run(count_collectives, cases):
         assert counts == [FORWARD, BACKWARD, [], []]
 
 
@@ -170,8 +166,8 @@ def test_a_process_that_never_calls_is_an_error_after_torch_s_own_timeout():
     assert "`timeout=` of init_process_group" in message
 
 
-def by_a_table(rank, case, options):
-    collectives._has_float64 = lambda device: False
+def by_a_table(case, options):
+    collectives._has_float64 = lambda _: False
     try:
         results = step(case, "float32", options)
         assert collectives.moments_dtype(torch.device("cpu")) == torch.float32
@@ -191,13 +187,13 @@ def by_a_table(rank, case, options):
 )
 def test_without_float64_a_table_of_float32_gives_the_same(case, options):
     case = case._replace(options=options)
-    arguments = [(rank, replica_case(case, rank), {}) for rank in range(3)]
+    arguments = [(replica_case(case, rank), {}) for rank in range(3)]
     assert_equals_one_device(case, observed(POOL.run(by_a_table, arguments)), 2e-6)
 
 
 def test_the_table_keeps_the_variance_at_a_large_mean():
     case = make_case([(300, 5), (200, 5)], offset=1e4)._replace(momentum=0.0)
-    arguments = [(rank, replica_case(case, rank), {}) for rank in range(2)]
+    arguments = [(replica_case(case, rank), {}) for rank in range(2)]
     variance = observed(POOL.run(by_a_table, arguments)).moving_variances[0]
     assert variance == pytest.approx(case.expected().variance, rel=1e-3)
 

@@ -113,8 +113,19 @@ def _moments(layout: _Layout) -> tuple[Moments, Any, Any]:
     divisor = as_divisor(count, jnp)
     # A mean that is only nearly right, which everything below is independent of.
     counted = where_counted(layout.weights, layout.x)
-    rough = lax.stop_gradient(total(layout.weights * counted) / divisor)
+    rough = _as_stored(lax.stop_gradient(total(layout.weights * counted) / divisor))
     deviations = where_counted(layout.weights, layout.x - rough)
     rest = total(layout.weights * deviations) / divisor
     m2 = total(layout.weights * jnp.square(deviations)) - count * jnp.square(rest)
     return Moments(count, rough + rest, jnp.maximum(m2, 0)), rough, rest
+
+
+def _as_stored(numbers: Any) -> Any:
+    """The numbers without their last bit: the same wherever they are used.
+
+    XLA computes them again in each loop that uses them, and LLVM makes `x − sum · inverse` one
+    operation there, which does not round the product. Nothing of that goes through integers.
+    """
+    bits = jnp.int64 if numbers.dtype == jnp.float64 else jnp.int32
+    kept = lax.bitcast_convert_type(numbers, bits) & jnp.asarray(-2, bits)
+    return lax.bitcast_convert_type(kept, numbers.dtype)

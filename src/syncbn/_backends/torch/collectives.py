@@ -69,12 +69,13 @@ def replicas_of(process_group: Any) -> Replicas:
 
 
 def _not_a_member(group: str) -> NotSynchronizableError:
-    return NotSynchronizableError(
+    error: NotSynchronizableError = NotSynchronizableError(
         "Synchronized training requires a process group that this process is a member of. "
         f"Received: process_group={group} in the process of rank {dist.get_rank()}. Give each "
         "process the group that it belongs to, as new_subgroups returns it; processes outside of "
         "the group are not to train this layer."
     )
+    return error
 
 
 def ranks_of(process_group: Any) -> list[int]:

@@ -31,9 +31,9 @@ def _counts(x: Any, weights: Any | None, dtype: Any) -> Any:
     """The number of elements of a channel, or the sum of their weights: shape (), or (C,)."""
     if weights is None:
         return torch.full((), math.prod(x.shape[:-1]), dtype=dtype, device=x.device)
-    sizes = zip(x.shape[:-1], weights.shape[:-1], strict=True)
-    # Each is of the full size or 1.
-    repeated = math.prod(size for size, own in sizes if own == 1)
+    # Each axis is of the full size or 1. As a list: torch.compile cannot trace a generator here.
+    sizes = list(zip(x.shape[:-1], weights.shape[:-1], strict=True))
+    repeated = math.prod([size for size, own in sizes if own == 1])
     count = _sum(weights.to(dtype)) * repeated
     return count[0] if weights.shape[-1] == 1 else count
 

@@ -44,11 +44,13 @@ def normalized(
         weights: of each element, or None.
         part: the rest.
     """
-    if torch.compiler.is_compiling() and part.activation is not None:
+    recomputed = part.activation is not None and part.kept_slope is None
+    if torch.compiler.is_compiling() and recomputed:
         # The compiler computes again by itself what is cheap.
         outputs = _Normalized.apply(
             x, gamma, beta, weights, count, part._replace(activation=None), *scaling
         )
+        assert part.activation is not None
         return part.activation(outputs)
     return _Normalized.apply(x, gamma, beta, weights, count, part, *scaling)
 

@@ -2,21 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, cast
 
 import torch
 
 from syncbn._backends.torch import collectives
 from syncbn._backends.torch.collectives import Replicas
-from syncbn.errors import InputError, UnsupportedFeatureError
+from syncbn.errors import InputError
 from syncbn.groups import Groups
 from syncbn.moments import Moments
 
-__all__ = ["exchange", "refuse_compilation"]
+__all__ = ["exchange", "outside_of_compilation"]
 
 # What a replica tells the others, as a number: the sum of those that hold.
 _ORIGINS = ("", "its input", "the state of the layer", "its input and the state of the layer")
+
+
+def outside_of_compilation(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function as one that torch.compile leaves alone: it can stop training with an error.
+
+    Where a graph may have breaks, one is here. With `fullgraph=True` torch refuses to compile, in
+    an error of its own with this reason; what is raised while it traces is lost in Keras's handler
+    of errors, which it cannot trace.
+    """
+    # Before torch 2.7 it takes none.
+    known = "reason" in inspect.signature(torch.compiler.disable).parameters
+    return cast(
+        "Callable[..., Any]",
+        torch.compiler.disable(function, **({"reason": _NOT_COMPILED} if known else {})),
+    )
+
+
+_NOT_COMPILED = (
+    "nan_check=True and save='output' of a SyncBatchNormalization require that torch does not "
+    "compile them, for they stop with an error. Received: torch.compile with fullgraph=True. Take "
+    "fullgraph=False, where the layer runs outside of the graph; nan_check=False, save='input'."
+)
 
 
 def exchange(
@@ -40,12 +63,22 @@ def exchange(
 
     Raises:
         InputError: with the layer, the replicas and the origin.
-        UnsupportedFeatureError: torch compiles this, and cannot stop in it.
     """
     if layer is None:
         exchanged = collectives.exchange(local, replicas, groups)
         return exchanged.own, exchanged.union
-    refuse_compilation(layer, "nan_check=True", "while you look for the NaN")
+    own, union = _checked(local, replicas, groups, state, layer)
+    return own, union
+
+
+@outside_of_compilation
+def _checked(
+    local: Moments,
+    replicas: Replicas,
+    groups: Groups | None,
+    state: Mapping[str, Any],
+    layer: str,
+) -> tuple[Moments, Moments]:
     fault = _not_finite(local) + 2 * _not_finite(state.values())
     exchanged = collectives.exchange(local, replicas, groups, torch.as_tensor(fault).to(local.mean))
     assert exchanged.faults is not None
@@ -71,22 +104,3 @@ def _report(faults: list[int], layer: str) -> str:
         "may have moved their statistics. If it is the input, or overflows when it is squared, "
         "look at the data and the layers before; if it is the state, restore a checkpoint."
     )
-
-
-def refuse_compilation(layer: str, argument: str, otherwise: str) -> None:
-    """Make sure that torch does not compile what runs now: it could not stop in the middle.
-
-    Args:
-        layer: its name.
-        argument: of the layer, that needs to stop.
-        otherwise: how the advice not to compile goes on.
-
-    Raises:
-        UnsupportedFeatureError: it does.
-    """
-    if torch.compiler.is_compiling():
-        raise UnsupportedFeatureError(
-            f"Layer {layer!r} with {argument} requires that torch does not compile it. Received: "
-            "a call inside torch.compile. Compile the model with jit_compile=False, or not at all, "
-            f"{otherwise}."
-        )

@@ -53,6 +53,7 @@ def before_activation(dy: Any, kept: Any, negative_slope: float) -> tuple[Any, A
     )
 
 
+@health.outside_of_compilation
 def check(kept: KeptOutput, gamma: Any, beta: Any, dtype: Any) -> None:
     """Make sure that gamma and beta let the output be inverted.
 
@@ -60,9 +61,7 @@ def check(kept: KeptOutput, gamma: Any, beta: Any, dtype: Any) -> None:
 
     Raises:
         InputError: with the layer, the limits and the first channel beyond them.
-        UnsupportedFeatureError: torch compiles this, and cannot stop in it.
     """
-    health.refuse_compilation(kept.layer, "save='output'", "or take save='input'")
     least, most = _LEAST_GAMMA[dtype], 2.0 ** (_DIGITS[dtype] // 2)
     size = gamma.abs()
     # Written so that NaN is beyond.

@@ -81,7 +81,7 @@ class ClassifierLoop(Loop):
 
 
 def _summed(group: Any, bucket: Any) -> Any:
-    """The sum of the gradients over the processes; torch's own hook averages, however much each had.
+    """The sum of the gradients over the processes; by default torch averages them.
 
     Each process's gradients are then a part of what one device has. Multiplied by the number of
     processes beforehand, in float16 they would overflow where those of one device do not.

@@ -33,7 +33,7 @@ _PIECE = 2**20
 # it, is as good as `(x − mean) · scale + offset`.
 _LARGE_MEAN = 4.0
 
-# Rows that are added up in one float32 number: a million would lose four digits, 8192 have lost one.
+# Rows that are added up in one float32 number: a million lose four digits, 8192 lose one.
 _ROWS_A_SUM = 1024
 
 # Sums that run side by side at no cost: with few channels, more of them for each.

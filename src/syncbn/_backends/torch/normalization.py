@@ -51,7 +51,7 @@ def normalize(
         NotSynchronizableError: the replicas cannot meet here.
         InputError: the groups are no partition of the replicas; NaN or infinity was looked for and
             found; the output is to be kept and cannot be inverted.
-        UnsupportedFeatureError: what has to be able to stop is compiled.
+        torch._dynamo.exc.Unsupported: by `fullgraph=True`, of what has to be able to stop.
 
     References:
         Ioffe, Szegedy, "Batch Normalization", arXiv:1502.03167, 2015 (the gradient: section 3).

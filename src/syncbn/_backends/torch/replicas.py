@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import os
 from typing import Any
 
 import torch
@@ -25,6 +26,11 @@ def strategy_over(replicas: int, by_processes: bool) -> Any:
         return None
     if not distributed.is_initialized():
         on_gpu = torch.cuda.is_available()
+        if on_gpu:
+            # Else all of them would meet on the first one.
+            torch.cuda.set_device(
+                int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
+            )
         distributed.init_process_group("nccl" if on_gpu else "gloo")
         atexit.register(distributed.destroy_process_group)
     return distributed.group.WORLD
