@@ -87,6 +87,7 @@ def test_a_generator_gives_its_batches_once(four_devices, expected):
         np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.frameworks
 def test_a_model_that_is_not_compiled_trains_the_same(four_devices):
     few = batches()[1:]
     reference = train(make_model(), as_dataset(few))

@@ -60,7 +60,10 @@ def run(devices, *cases):
     ]
 
 
-@pytest.fixture(scope="module", params=RUNS, ids=lambda devices: f"2x{devices}")
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(1, id="2x1"), pytest.param(2, id="2x2", marks=pytest.mark.frameworks)],
+)
 def results(request):
     return RUNS[request.param], run(request.param, *RUNS[request.param])
 
