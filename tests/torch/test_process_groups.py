@@ -24,7 +24,7 @@ def observed(results):
 def in_pairs(case, rank):
     """Ranks 0 and 2, and 1 and 3, each pair a group of torch's own."""
     groups = [dist.new_group([0, 2]), dist.new_group([1, 3])]
-    return step(case, "float32", {"process_group": groups[rank % 2]})
+    return step(case, "float32", True, {"process_group": groups[rank % 2]})
 
 
 def test_the_processes_of_a_given_group_are_the_replicas():
@@ -169,7 +169,7 @@ def test_a_process_that_never_calls_is_an_error_after_torch_s_own_timeout():
 def by_a_table(case, options):
     collectives._has_float64 = lambda _: False
     try:
-        results = step(case, "float32", options)
+        results = step(case, "float32", True, options)
         assert collectives.moments_dtype(torch.device("cpu")) == torch.float32
     finally:
         collectives._has_float64 = lambda device: device.type != "mps"
