@@ -15,17 +15,19 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 import hypothesis
 import pytest
 
+BACKEND = os.environ["KERAS_BACKEND"]
+
 hypothesis.settings.register_profile(
     "contract",
     deadline=None,
     derandomize=True,
-    max_examples=int(os.environ.get("SYNCBN_EXAMPLES", "20")),
+    # JAX compiles each example, for a second.
+    max_examples=int(os.environ.get("SYNCBN_EXAMPLES", "6" if BACKEND == "jax" else "20")),
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile("contract")
 
 
-BACKEND = os.environ["KERAS_BACKEND"]
 _FOLDERS = {"jax": ("contract", "jax"), "torch": ("contract", "torch")}
 _TENSORFLOW = ("cli", "contract", "meta", "multiprocess", "tensorflow", "unit")
 

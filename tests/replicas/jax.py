@@ -31,8 +31,9 @@ def precision_of(dtype: str) -> Any:
 
 
 def make_layer(case: Case, dtype: str = "float32", **arguments: Any) -> Any:
-    """A layer that holds the case's weights."""
+    """A layer that holds the case's weights, or those of `state` by name."""
     layer_class = arguments.pop("layer_class", syncbn.SyncBatchNormalization)
+    state = arguments.pop("state", None) or {}
     layer = layer_class(
         axis=case.axis,
         epsilon=case.epsilon,
@@ -47,6 +48,9 @@ def make_layer(case: Case, dtype: str = "float32", **arguments: Any) -> Any:
         layer.gamma.assign(case.gamma)
     if layer.center:
         layer.beta.assign(case.beta)
+    for weight in layer.weights:
+        if weight.name in state:
+            weight.assign(state[weight.name])
     return layer
 
 
@@ -62,12 +66,14 @@ class State(NamedTuple):
         )
 
 
-def make_step(layer: Any) -> Any:
+def make_step(layer: Any, training: bool = True) -> Any:
     """A pure function of a replica's part: outputs, gradients, the state after the step."""
 
     def step(state: State, x: Any, dy: Any, **call_arguments: Any) -> Any:
         def forward(x: Any, trainable: Any) -> Any:
-            return layer.stateless_call(trainable, state.others, x, training=True, **call_arguments)
+            return layer.stateless_call(
+                trainable, state.others, x, training=training, **call_arguments
+            )
 
         y, pull_back, others = jax.vjp(forward, x, state.trainable, has_aux=True)
         dx, of_weights = pull_back(dy.astype(y.dtype))
@@ -82,6 +88,7 @@ def observe(
     mode: str = "graph",
     dtype: str | None = None,
     context: str | None = None,
+    training: bool = True,
     **arguments: Any,
 ) -> Observed:
     """What the replicas see in one training step.
@@ -95,16 +102,20 @@ def observe(
         dtype: the layer's policy; the data's own by default.
         context: one of MAPPED or DISTRIBUTED; by default `shard_map`, and in eager mode `vmap`:
             without `jit` `shard_map` compiles every operation in every call, for seconds.
-        **arguments: of the layer.
+        training: what the layer is called with.
+        **arguments: of the layer; `state`, of `make_layer`.
     """
     data = case.parts[0].dtype.name
     context = context or ("shard_map" if mode == "graph" else "vmap")
-    with precision_of(data), distributed(context, len(case.parts)):
+    wide = "float64" if "float64" in (data, dtype) else data
+    with precision_of(wide), distributed(context, len(case.parts)):
         if context == "vmap" and len(case.parts) > 1:
             arguments = {"axis_name": "data"} | arguments
         layer = make_layer(case, dtype or data, **arguments)
         run = _RUNS["one" if len(case.parts) == 1 and context in MAPPED else context]
-        y, dx, of_weights, others = run(make_step(layer), State.of(layer), filled_up(case), mode)
+        y, dx, of_weights, others = run(
+            make_step(layer, training), State.of(layer), filled_up(case), mode
+        )
         return _observed(case, layer, y, dx, of_weights, others)
 
 
@@ -262,6 +273,9 @@ def _observed(case: Case, layer: Any, y: Any, dx: Any, of_weights: Any, others: 
         gradients_of(layer.beta),
         state_of(layer.moving_mean),
         state_of(layer.moving_variance),
+        # A step moves no weight that is trained.
+        {v.name: [np.asarray(v.value)] * replicas for v in layer.trainable_variables}
+        | {v.name: state_of(v) for v in layer.non_trainable_variables},
     )
 
 

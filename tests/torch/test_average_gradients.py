@@ -15,7 +15,7 @@ import syncbn
 from syncbn._backends.torch.gradients import summed
 
 # Compiled it is the same step, after a minute of compiling.
-TOGETHER = ["eager", pytest.param("compiled", marks=pytest.mark.compiling)]
+TOGETHER = ["eager", pytest.param("compiled", marks=pytest.mark.frameworks)]
 
 
 @pytest.fixture(scope="module")

@@ -122,7 +122,7 @@ def fitted(parts, options, batch):
     return [array(w.value) for w in model.weights]
 
 
-@pytest.mark.parametrize("jit_compile", [False, True])
+@pytest.mark.parametrize("jit_compile", [False, pytest.param(True, marks=pytest.mark.frameworks)])
 def test_fit_trains_to_what_one_process_gives(jit_compile):
     """In steps of 8 examples a rank; alone of both ranks' 16."""
     batches = data((8, 8))
@@ -172,12 +172,15 @@ def masked(case):
 @pytest.mark.parametrize(
     ("case", "options", "backend"),
     [
-        (make_case([(5, 3, 4), (7, 3, 4)]), {}, "inductor"),
+        pytest.param(
+            make_case([(5, 3, 4), (7, 3, 4)]), {}, "inductor", marks=pytest.mark.frameworks
+        ),
+        (make_case([(5, 3, 4), (7, 3, 4)]), {}, "aot_eager"),
         (masked(make_case([(5, 3, 4), (7, 3, 4)])), {"activation": "silu"}, "aot_eager"),
         (make_case([(4, 3), (2, 3), (5, 3)]), {"group_assignment": [[0, 2], [1]]}, "aot_eager"),
         (make_case([(4, 3), (6, 3)]), {"renorm": True}, "aot_eager"),
     ],
-    ids=["inductor", "masked and activated", "groups", "renorm"],
+    ids=["inductor", "plain", "masked and activated", "groups", "renorm"],
 )
 def test_torch_compile_makes_one_graph_that_gives_what_one_device_gives(case, options, backend):
     from tests.harness import Observed, assert_equals_one_device

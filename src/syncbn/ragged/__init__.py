@@ -65,6 +65,13 @@ def distribute_dataset(
         UnsupportedFeatureError: Keras does not run on JAX, or is too old.
         WorkerError: a process failed, is late, or does something else; it says which.
     """
+    data = {"x": x, "y": y, "sample_weight": sample_weight}
+    return _adapted(
+        timeout, **data, batch_size=batch_size, shuffle=shuffle, class_weight=class_weight
+    )
+
+
+def _adapted(timeout: float, **data: Any) -> Any:
     import keras
 
     if keras.backend.backend() != "jax":
@@ -84,14 +91,7 @@ def distribute_dataset(
         Agreement(Coordination(), str(next(_NUMBERS)), timeout) if process_count() > 1 else None
     )
     try:
-        source = data_adapter(
-            x=x,
-            y=y,
-            sample_weight=sample_weight,
-            batch_size=batch_size,
-            shuffle=shuffle,
-            class_weight=class_weight,
-        )
+        source = data_adapter(**data)
     except BaseException as error:
         if agreement is not None:
             agreement.fail("a data set", error)
