@@ -45,20 +45,28 @@ class Pool:
         self._groups = 0
         self._size = 0  # of the group that there is now
 
-    def run(self, function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
-        """The results of `function(*arguments[rank])` of each rank.
+    def run(
+        self,
+        function: Callable[..., Any],
+        arguments: Sequence[tuple[Any, ...]],
+        timeout: float = ANSWER_TIMEOUT,
+    ) -> list[Any]:
+        """The results of `function(*arguments[rank])` of each rank, within so many seconds.
 
         Raises:
             Exception: the first that a rank has raised, with the traceback there as a note.
         """
-        results = self.outcomes(function, arguments)
+        results = self.outcomes(function, arguments, timeout)
         for result in results:
             if isinstance(result, BaseException):
                 raise result
         return results
 
     def outcomes(
-        self, function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]
+        self,
+        function: Callable[..., Any],
+        arguments: Sequence[tuple[Any, ...]],
+        timeout: float = ANSWER_TIMEOUT,
     ) -> list[Any]:
         """As `run`, but with what a rank has raised in the place of its result."""
         size = len(arguments)
@@ -68,14 +76,14 @@ class Pool:
         store = str(Path(self._folder.name) / str(self._groups)) if renewed else None
         for rank, own in enumerate(arguments):
             self._workers[rank][1].send((store, size, function, own))
-        results = self._answers(size)
+        results = self._answers(size, timeout)
         # After an error the ranks may be at different collectives: they get a new group.
         failed = any(isinstance(result, BaseException) for result in results)
         self._size = 0 if failed else size
         return results
 
-    def _answers(self, size: int) -> list[Any]:
-        deadline = time.monotonic() + ANSWER_TIMEOUT
+    def _answers(self, size: int, timeout: float) -> list[Any]:
+        deadline = time.monotonic() + timeout
         results, missing = [], []
         for rank, (process, connection) in enumerate(self._workers[:size]):
             try:
@@ -87,7 +95,7 @@ class Pool:
                 missing.append(f"rank {rank} (alive: {process.is_alive()})")
         if missing:
             self.stop()
-            raise TimeoutError(f"No answer within {ANSWER_TIMEOUT} s from {', '.join(missing)}")
+            raise TimeoutError(f"No answer within {timeout} s from {', '.join(missing)}")
         return results
 
     def _start(self, size: int) -> None:

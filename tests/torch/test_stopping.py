@@ -108,5 +108,5 @@ def test_an_error_on_one_rank_does_not_hang_the_tests():
     """The harness's own check: what a rank raises comes back, with its traceback."""
     case = make_case([(5, 4)])
     with pytest.raises(ValueError, match="nonsense") as raised:
-        POOL.run(step, [(case._replace(options={}), "float32", {"nonsense": 1})] * 2)
+        POOL.run(step, [(case._replace(options={}), "float32", True, {"nonsense": 1})] * 2)
     assert "rank 0: Traceback" in raised.value.__notes__[0]

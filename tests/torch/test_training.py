@@ -131,7 +131,8 @@ def test_fit_trains_to_what_one_process_gives(jit_compile):
         for rank in range(2)
     ]
     options = {"jit_compile": jit_compile}
-    results = POOL.run(fitted, [(part, options, 8) for part in parts])
+    # Two compilations of a step, of about half a minute each when the machine is idle.
+    results = POOL.run(fitted, [(part, options, 8) for part in parts], timeout=240)
     whole = tuple(
         np.concatenate([part[which] for step in batches for part in step]) for which in (0, 1)
     )
