@@ -37,7 +37,7 @@ _LARGE_MEAN = 4.0
 _ROWS_A_SUM = 1024
 
 # Sums that run side by side at no cost: with few channels, more of them for each.
-_FREE_SUMS = 1024
+_FREE_SUMS = 2048
 
 
 def _moments(x: Any, weights: Any | None, dtype: Any) -> Moments:  # noqa: ARG001

@@ -12,6 +12,7 @@ from syncbn._backends.torch import collectives, health, inversion, virtual
 from syncbn._backends.torch.function import Part, normalized
 from syncbn._backends.torch.kernels import kernel_for
 from syncbn._backends.torch.scaling import Scaling, statistics_dtype
+from syncbn.groups import Groups
 from syncbn.moments import Moments
 
 __all__ = ["normalize"]
@@ -60,6 +61,16 @@ def normalize(
     groups = scheme.grouping.over(replicas.size)
     if scheme.virtual_batch_size is not None:
         return virtual.normalize(batch, scheme, affine, replicas)
+    return _by_groups(batch, scheme, affine, replicas, groups)
+
+
+def _by_groups(
+    batch: Batch,
+    scheme: Scheme,
+    affine: Callable[[Moments], tuple[Any | None, Any | None]],
+    replicas: collectives.Replicas,
+    groups: Groups | None,
+) -> tuple[Any, Moments]:
     x = channels_last(batch.inputs, batch.axis)
     weights = None
     if batch.weights is not None:
