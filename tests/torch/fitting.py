@@ -65,7 +65,7 @@ def compiled(how):
         "optimizer": keras.optimizers.SGD(0.1, momentum=0.9),
         "loss": "binary_crossentropy",
         # The last gives back a view of its variable.
-        "metrics": ["accuracy", keras.metrics.TruePositives()],
+        "metrics": ["accuracy", keras.metrics.TruePositives(name="hits")],
         "jit_compile": how == "compiled",
     }
 

@@ -8,6 +8,7 @@ import keras
 import numpy as np
 import pytest
 from tests.multiprocess.cluster import run_processes
+from tests.torch import fitting
 from torch import distributed
 
 import syncbn
@@ -26,32 +27,18 @@ def found(tmp_path_factory):
     command = [sys.executable, "-m", "tests.torch.fitting", str(folder)]
 
     @functools.cache
-    def run(processes, *hows):
-        for status, output in run_processes([*command, *hows], processes, timeout=250):
+    def run(*hows):
+        for status, output in run_processes([*command, *hows], 2, timeout=250):
             assert status == 0, output
 
+    @functools.cache
     def results(how, rank):
         if rank is None:
-            run(1, how)
-        else:
-            run(
-                2,
-                *(
-                    ["compiled"]
-                    if how == "compiled"
-                    else ["eager", "local", "apart", "outside", "fewer"]
-                ),
-            )
+            return fitting.run(None, how)
+        run(*(["compiled"] if how == "compiled" else EAGER))
         return json.loads((folder / f"{how}-{rank}.json").read_text())
 
     return results
-
-
-def gap(one, other):
-    return max(
-        np.abs(np.subtract(a, b)).max()
-        for a, b in zip(one["weights"], other["weights"], strict=True)
-    )
 
 
 @pytest.mark.parametrize("how", TOGETHER)
