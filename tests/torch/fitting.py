@@ -76,7 +76,7 @@ def fewer(rank):
     syncbn.average_gradients(model)
     own = [part for part in batches(rank, "fewer") if len(part[0])]
     try:
-        model.fit((part for part in own), epochs=1, verbose=0)
+        model.fit((part for part in own), epochs=1, shuffle=False, verbose=0)
     except syncbn.WorkerError as error:
         return {"error": str(error)}
     return {"error": ""}
@@ -114,7 +114,9 @@ def run(rank, how):
         while True:
             yield from batches(rank, how)
 
-    history = model.fit(epochs(), steps_per_epoch=len(BATCHES), epochs=3, verbose=0).history
+    history = model.fit(
+        epochs(), steps_per_epoch=len(BATCHES), epochs=3, shuffle=False, verbose=0
+    ).history
     scores = model.evaluate(batches(rank, how), verbose=0)
     # Dropped before the second: a metric that was summed once more would be another.
     again = model.evaluate(batches(rank, how), verbose=0)

@@ -41,6 +41,14 @@ def found(tmp_path_factory):
     return results
 
 
+def gap(one, other):
+    """The largest difference of any weight."""
+    return max(
+        np.abs(np.subtract(a, b)).max()
+        for a, b in zip(one["weights"], other["weights"], strict=True)
+    )
+
+
 @pytest.mark.parametrize("how", TOGETHER)
 def test_two_uneven_processes_end_at_the_weights_and_logs_of_one(found, how):
     one = found("eager", None)
