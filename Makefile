@@ -45,11 +45,11 @@ demo: $(READY)
 	$(BIN)/syncbn train --compare --model convnet --precision float64 --epochs 3 \
 		--output $(OUTPUT)/convnet
 
-# Two processes, whole files each: what a file prepares once is used by all of its tests. Each of
-# Keras's backends apart: a process has one.
+# Whole files for each process: what a file prepares once is used by all of its tests. Each of
+# Keras's backends apart: a process has one. TensorFlow's tests of workers wait much: three share.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 test: lint types
-	KERAS_BACKEND=tensorflow $(PYTEST)
+	KERAS_BACKEND=tensorflow $(BIN)/python -m pytest -n 3 --dist loadfile
 	KERAS_BACKEND=jax $(PYTEST) tests/contract tests/jax
 	KERAS_BACKEND=torch $(PYTEST) tests/contract tests/torch
 
@@ -85,9 +85,11 @@ test-frameworks: $(READY)
 	$(BIN)/python tests/frameworks.py
 	KERAS_BACKEND=jax $(BIN)/python -m pytest -m frameworks tests/jax
 	KERAS_BACKEND=torch $(BIN)/python -m pytest -m frameworks tests/torch
+	KERAS_BACKEND=tensorflow $(BIN)/python -m pytest -m frameworks tests/meta
 
 test-scenarios: $(READY)
 	$(BIN)/python -m tests.scenarios
+	$(BIN)/python -m pytest -m scenarios
 
 test-versions: $(READY)
 	$(BIN)/python tests/versions.py

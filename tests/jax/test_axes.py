@@ -8,6 +8,8 @@ from jax.sharding import Mesh, PartitionSpec
 from tests.harness import assert_close, make_case
 from tests.replicas.jax import State, make_layer, make_step
 
+import syncbn
+
 MESH_SHAPE = (2, 2)
 
 
@@ -61,11 +63,10 @@ def test_they_are_named_as_well(batch):
 
 
 def test_channels_split_over_an_axis_need_the_name_of_the_other():
-    """Found by itself the axis of the channels would be taken for one of the batch."""
     case = make_case([(16, 6)])
     assert_is_one_device(case, observed_on_mesh(case, "data", "model", axis_name="data"))
-    y = observed_on_mesh(case, "data", "model")[0]
-    assert np.abs(y - case.expected().outputs[0]).max() > 0.1
+    with pytest.raises(syncbn.NotSynchronizableError, match=r"vary over \['model'\]"):
+        observed_on_mesh(case, "data", "model")
 
 
 def test_a_name_of_one_of_two_axes_of_the_batch_leaves_the_other_local():
@@ -104,14 +105,18 @@ def observed_without_statistics(case, batch, axis_name):
     return jax.jit(mapped)(State.of(layer), case.parts[0], case.cotangents[0])
 
 
-def test_copies_over_another_axis_change_nothing_in_unchecked_mode():
-    """JAX does not tell there that they are copies: all manual axes are summed over."""
+def test_where_jax_does_not_say_who_varies_the_name_is_needed():
+    """Without it copies over the other axis would count as parts of the batch."""
     case = make_case([(16, 6)])
-    y, dx, _, (mean, variance) = observed_on_mesh(case, "data", checked=False)
+    with pytest.raises(syncbn.NotSynchronizableError, match="JAX does not say over which"):
+        observed_on_mesh(case, "data", checked=False)
+    options = {"axis_name": "data", "unbiased_moving_variance": True}
+    y, dx, _, (mean, variance) = observed_on_mesh(case, "data", checked=False, **options)
     expected = case.expected()
     assert_close("outputs", y, expected.outputs[0], 2e-6)
     assert_close("input gradients", dx, expected.input_gradients[0], 2e-6)
-    for moving, step in ((mean, expected.mean * 0.1), (variance, 0.9 + expected.variance * 0.1)):
+    unbiased = expected.variance * 16 / 15
+    for moving, step in ((mean, expected.mean * 0.1), (variance, 0.9 + unbiased * 0.1)):
         copies = np.asarray(moving).reshape(4, 6)
         assert len({copy.tobytes() for copy in copies}) == 1
         assert_close("statistics", copies[0], step, 2e-6)

@@ -1,5 +1,6 @@
 """The suite can fail: with each defect of `tests/mutants.py` the contract's tests do."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -47,12 +48,24 @@ NOTICED_BY = {
 }
 
 
-def outcomes(tests, mutant, report):
+# The first two of each other backend here; all by `make test-frameworks`.
+ALWAYS = ("local_backward", "never_synchronizes")
+
+
+def others():
+    for backend in ("jax", "torch"):
+        module = importlib.import_module(f"tests.{backend}.mutants")
+        for mutant, tests in module.NOTICED_BY.items():
+            marks = () if mutant in ALWAYS else pytest.mark.frameworks
+            yield pytest.param(backend, mutant, tests, marks=marks, id=f"{backend}-{mutant}")
+
+
+def outcomes(tests, mutant, report, backend="tensorflow"):
     """The failure message of each test, None where it passed."""
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", f"--junitxml={report}", *tests],
         cwd=ROOT,
-        env={**os.environ, "SYNCBN_MUTANT": mutant},
+        env={**os.environ, "SYNCBN_MUTANT": mutant, "KERAS_BACKEND": backend},
         capture_output=True,
         text=True,
         timeout=250,
@@ -73,6 +86,12 @@ def outcomes(tests, mutant, report):
 def test_the_suite_fails_with_the_mutant(mutant, tmp_path):
     messages = outcomes(NOTICED_BY[mutant], mutant, tmp_path / "report.xml")
     # By the check's own assertion: a mutant that merely crashes proves nothing.
+    assert all(message and "assert" in message.lower() for message in messages), messages
+
+
+@pytest.mark.parametrize(("backend", "mutant", "tests"), [*others()])
+def test_the_suite_fails_on_another_backend_with_the_mutant(backend, mutant, tests, tmp_path):
+    messages = outcomes(tests, mutant, tmp_path / "report.xml", backend)
     assert all(message and "assert" in message.lower() for message in messages), messages
 
 

@@ -7,15 +7,17 @@ import sys
 import keras
 import numpy as np
 import pytest
-import torch
 from tests.multiprocess.cluster import run_processes
+from tests.torch import fitting
 from torch import distributed
 
 import syncbn
-from syncbn._backends.torch.gradients import summed
 
 # Compiled it is the same step, after a minute of compiling.
 TOGETHER = ["eager", pytest.param("compiled", marks=pytest.mark.frameworks)]
+
+
+EAGER = ["eager", "local", "apart", "outside", "fewer"]
 
 
 @pytest.fixture(scope="module")
@@ -25,25 +27,18 @@ def found(tmp_path_factory):
     command = [sys.executable, "-m", "tests.torch.fitting", str(folder)]
 
     @functools.cache
-    def run(processes, *hows):
-        for status, output in run_processes([*command, *hows], processes, timeout=250):
+    def run(*hows):
+        for status, output in run_processes([*command, *hows], 2, timeout=250):
             assert status == 0, output
 
+    @functools.cache
     def results(how, rank):
         if rank is None:
-            run(1, how)
-        else:
-            run(2, *(["compiled"] if how == "compiled" else ["eager", "local", "apart"]))
+            return fitting.run(None, how)
+        run(*(["compiled"] if how == "compiled" else EAGER))
         return json.loads((folder / f"{how}-{rank}.json").read_text())
 
     return results
-
-
-def gap(one, other):
-    return max(
-        np.abs(np.subtract(a, b)).max()
-        for a, b in zip(one["weights"], other["weights"], strict=True)
-    )
 
 
 @pytest.mark.parametrize("how", TOGETHER)
@@ -52,7 +47,8 @@ def test_two_uneven_processes_end_at_the_weights_and_logs_of_one(found, how):
     for rank in range(2):
         own = found(how, rank)
         assert gap(own, one) < 2e-6
-        assert own["history"].keys() == one["history"].keys() == {"accuracy", "loss"}
+        assert own["history"].keys() == one["history"].keys() >= {"accuracy", "loss"}
+        assert len(own["history"]) == 3
         for name, values in one["history"].items():
             np.testing.assert_allclose(own["history"][name], values, rtol=1e-5)
         np.testing.assert_allclose(own["scores"], one["scores"], rtol=1e-5)
@@ -71,6 +67,16 @@ def test_without_it_the_processes_go_apart(found):
     assert gap(found("apart", 0), found("apart", 1)) > 1e-1
 
 
+def test_a_batch_less_is_an_error_on_both_at_once(found):
+    assert "a further batch, where another process has no more" in found("fewer", 0)["error"]
+    assert "the end of the data, where another process has a further" in found("fewer", 1)["error"]
+
+
+def test_a_process_outside_of_the_group_is_told_so(found):
+    assert not found("outside", 0)["error"]
+    assert "that this process is a member of" in found("outside", 1)["error"]
+
+
 @pytest.fixture
 def alone(tmp_path):
     """A process group of this process alone."""
@@ -82,15 +88,6 @@ def alone(tmp_path):
 
 
 @pytest.mark.usefixtures("alone")
-def test_tensors_of_several_dtypes_keep_their_places_and_none_stays_none():
-    given = [torch.ones(2, 3), None, torch.ones(4, dtype=torch.float64), torch.zeros(())]
-    found = summed(given, None)
-    assert found[1] is None
-    for own, its in zip(found, given, strict=True):
-        assert own is its is None or torch.equal(own, its)
-
-
-@pytest.mark.usefixtures("alone")
 def test_what_cannot_be_averaged_is_refused():
     model = keras.Sequential([keras.layers.Dense(1)])
     with pytest.raises(syncbn.InputError, match="Received: one that is without weights"):
@@ -98,6 +95,33 @@ def test_what_cannot_be_averaged_is_refused():
     model.build((None, 2))
     with pytest.raises(syncbn.InputError, match="Received: one that is not compiled"):
         syncbn.average_gradients(model)
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_loss_that_is_no_mean_is_refused():
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    model.compile("sgd", keras.losses.MeanSquaredError(reduction="sum"))
+    with pytest.raises(syncbn.InputError, match="reduction='sum'"):
+        syncbn.average_gradients(model)
+
+
+@pytest.mark.usefixtures("alone")
+def test_an_output_with_a_mask_is_refused():
+    model = keras.Sequential([keras.Input((3, 2)), keras.layers.Masking(), keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    syncbn.average_gradients(model)
+    with pytest.raises(syncbn.InputError, match="an output with a mask"):
+        model.fit(np.ones((4, 3, 2)), np.ones((4, 3, 1)), verbose=0)
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_model_that_is_compiled_anew_is_to_be_given_again():
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    syncbn.average_gradients(model)
+    model.compile("sgd", "mse")
+    with pytest.raises(syncbn.InputError, match="compiled anew since"):
+        model.fit(np.ones((4, 2)), np.ones((4, 1)), verbose=0)
 
 
 def test_without_a_process_group_it_is_refused():

@@ -122,6 +122,19 @@ def test_gradients_of_gradients_are_those_of_the_whole_batch(sizes, variant):
     assert_close("by gamma", np.sum([of[2] for of in results], axis=0), expected, 1e-6)
 
 
+def test_a_masked_nan_is_in_no_gradient_of_a_gradient_through_the_activation():
+    case = with_masks(make_case([(6, 2, 3)], dtype="float64"))
+    case = case._replace(options={"activation": "tanh"})
+    rng = np.random.default_rng(5)
+    directions = rng.normal(size=(6, 2, 3)), rng.normal(size=(2, 3))
+    clean = second_order(replica_case(case, 0), directions[0], directions[1], {})
+    mask = case.masks[0][..., None]
+    dirty = case._replace(parts=[np.where(mask, case.parts[0], np.nan)])
+    found = second_order(replica_case(dirty, 0), directions[0], directions[1], {})
+    for own, its in zip(found, clean, strict=True):
+        assert_close("second order", own, its, 1e-12)
+
+
 def test_gradients_of_gradients_are_refused_where_the_input_is_not_kept():
     layer = make_layer(make_case([(6, 3)]), save="output")
     x = torch.randn(6, 3, requires_grad=True)

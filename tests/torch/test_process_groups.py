@@ -85,6 +85,14 @@ def test_ranks_of_a_file_are_no_obstacle_in_a_process_that_is_alone():
     assert layer.moving_mean.numpy() == pytest.approx([0.01, 0.01])
 
 
+def test_a_layer_is_saved_also_when_its_group_has_been_destroyed(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    layer = syncbn.SyncBatchNormalization(process_group=dist.new_group([0]))
+    layer(torch.ones(3, 2), training=True)
+    dist.destroy_process_group()
+    assert layer.get_config()["process_group"] == [0]
+
+
 def test_a_group_that_is_gone_is_refused():
     layer = syncbn.SyncBatchNormalization(process_group=object())
     with pytest.raises(syncbn.NotSynchronizableError, match="init_process_group"):

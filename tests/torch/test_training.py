@@ -83,7 +83,7 @@ def alone(batches):
         ((32, 32), distributed),
         ((33, 32), distributed),
         ((20, 0, 9), distributed),
-        ((9, 8), distributed_and_compiled),
+        pytest.param((9, 8), distributed_and_compiled, marks=pytest.mark.frameworks),
     ],
     ids=["equal", "uneven", "one empty", "compiled"],
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from typing import Any
 
 import jax
@@ -15,23 +15,26 @@ __all__ = ["Axes", "manual_axes", "mapped_axes", "summed_like", "varying"]
 Axes = tuple[Hashable, ...]
 
 
-def mapped_axes(inputs: Any, axis_name: str | tuple[str, ...] | None) -> Axes:
+def mapped_axes(
+    inputs: Any, axis_name: str | tuple[str, ...] | None, state: Iterable[Any] = ()
+) -> Axes:
     """The axes to sum over: those named, or else those that the inputs are mapped over.
 
     A manual axis of a mesh over which the inputs do not vary holds copies of them, not further
-    parts. Where JAX does not follow who varies (`check_vma=False`, `pmap`) it is all manual axes:
-    copies count several times then, which changes no mean.
+    parts; one over which the layer's variables vary holds other channels. Where JAX does not follow
+    who varies (`check_vma=False`, `pmap`) an axis that is alone is that of the batch.
 
     Args:
         inputs: this replica's part.
         axis_name: as the layer was asked for; `vmap`, and `pmap` before JAX 0.8, are found by it
             alone.
+        state: the layer's variables.
 
     Returns:
         The names; none where there is no mapped axis, and the array is the whole batch.
 
     Raises:
-        NotSynchronizableError: a name that is not bound here.
+        NotSynchronizableError: a name that is not bound here, or no name where it is needed.
     """
     if axis_name is not None:
         names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
@@ -47,7 +50,20 @@ def mapped_axes(inputs: Any, axis_name: str | tuple[str, ...] | None) -> Axes:
         return names
     manual = manual_axes()
     own = varying(inputs)
-    return tuple(name for name in manual if name in own) or manual
+    found = tuple(name for name in manual if name in own) or manual
+    of_channels = [name for name in found if any(name in varying(value) for value in state)]
+    if of_channels or (len(manual) > 1 and not own):
+        reason = (
+            f"variables of the layer that vary over {of_channels}, as channels do that are split"
+            if of_channels
+            else "inputs of which JAX does not say over which of them they vary (check_vma=False)"
+        )
+        raise NotSynchronizableError(
+            "Synchronized training inside several mapped axes requires to know which of them split "
+            f"the batch. Received: mapped axes {list(manual)}, and {reason}. Name the axes of the "
+            "batch: SyncBatchNormalization(axis_name='data')."
+        )
+    return found
 
 
 def manual_axes() -> Axes:

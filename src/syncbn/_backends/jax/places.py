@@ -46,7 +46,7 @@ class Place(NamedTuple):
             NotSynchronizableError: an axis_name that is not bound.
             InputError: the groups are no partition of the replicas.
         """
-        axes = mapped_axes(batch.inputs, scheme.axis_name)
+        axes = mapped_axes(batch.inputs, scheme.axis_name, batch.state.values())
         if axes:
             count = jax.lax.axis_size(axes)
             return cls(Replicas(axes, count, scheme.grouping.over(count)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -65,6 +66,8 @@ def replicas_of(process_group: Any) -> Replicas:
     if own < 0:
         raise _not_a_member(f"one of ranks {ranks_of(group)}")
     size = dist.get_world_size(group)
+    if process_group is not None and not torch.compiler.is_compiling():
+        ranks_of(group)  # notes them
     return Replicas() if size == 1 else Replicas(size, own, group)
 
 
@@ -86,7 +89,14 @@ def ranks_of(process_group: Any) -> list[int]:
     """
     if process_group is dist.GroupMember.NON_GROUP_MEMBER:
         raise _not_a_member("torch.distributed.GroupMember.NON_GROUP_MEMBER")
-    return list(dist.get_process_group_ranks(process_group))
+    if process_group not in _RANKS:
+        _RANKS[process_group] = list(dist.get_process_group_ranks(process_group))
+    return list(_RANKS[process_group])
+
+
+# Of every group that a layer has trained with: one that has been destroyed knows them no more, and
+# a model is saved after that as often as before.
+_RANKS: weakref.WeakKeyDictionary[Any, list[int]] = weakref.WeakKeyDictionary()
 
 
 def moments_dtype(device: Any) -> Any:

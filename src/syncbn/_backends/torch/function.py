@@ -12,7 +12,7 @@ import torch
 from syncbn._backends.interface import Activation
 from syncbn._backends.torch import collectives, inversion
 from syncbn._backends.torch.collectives import Replicas
-from syncbn._backends.torch.composed import composed
+from syncbn._backends.torch.composed import composed, where_counted
 from syncbn._backends.torch.kernels import kernel_for
 from syncbn._backends.torch.scaling import Correction, Scaling
 from syncbn.groups import Groups
@@ -121,7 +121,8 @@ def _derivable(
     moments = collectives.exchange(local, part.replicas, part.groups).own
     scaling = Scaling.of(moments, gamma, beta, part.epsilon)
     if part.activation is not None:
-        z = composed.apply(x, scaling)
+        # What does not exist may be NaN, and would come back by the derivative of this.
+        z = composed.apply(where_counted(weights, x), scaling)
         (dy,) = torch.autograd.grad(part.activation(z), z, dy, create_graph=True)
     sums = composed.sums(dy, x, weights, scaling)
     normalized = sums.normalized(scaling)

@@ -21,16 +21,15 @@ def prepare(devices: int, precision: str) -> None:
 @functools.cache
 def strategy_over(replicas: int, by_processes: bool) -> Any:
     """What a loop is given: the process group of torch's env:// variables; None for one process."""
-    del replicas
     if not by_processes:
         return None
     if not distributed.is_initialized():
-        on_gpu = torch.cuda.is_available()
-        if on_gpu:
+        # Of fewer GPUs than processes NCCL makes nothing; gloo takes tensors of theirs as well.
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", replicas))
+        one_each = torch.cuda.device_count() >= here
+        if one_each:
             # Else all of them would meet on the first one.
-            torch.cuda.set_device(
-                int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
-            )
-        distributed.init_process_group("nccl" if on_gpu else "gloo")
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        distributed.init_process_group("nccl" if one_each else "gloo")
         atexit.register(distributed.destroy_process_group)
     return distributed.group.WORLD
