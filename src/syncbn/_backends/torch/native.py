@@ -37,7 +37,10 @@ _LARGE_MEAN = 4.0
 _ROWS_A_SUM = 1024
 
 # Sums that run side by side at no cost: with few channels, more of them for each.
-_FREE_SUMS = 2048
+_FREE_SUMS = 512
+
+# More of them for that kernel, whose sums are plain ones; torch's own add up in a cascade.
+_SHORT_SUMS = 2048
 
 
 def _moments(x: Any, weights: Any | None, dtype: Any) -> Moments:  # noqa: ARG001
@@ -45,7 +48,7 @@ def _moments(x: Any, weights: Any | None, dtype: Any) -> Moments:  # noqa: ARG00
     view, wide = Layout.of(x).view(x), statistics_dtype(x.dtype)
     count = torch.tensor(view.numel() // view.shape[1], dtype=dtype)
     divisor = as_divisor(count, xp)
-    folded = _folded(view)
+    folded = _folded(view, sums=_FREE_SUMS)
     totals = [
         _unfolded(piece.to(wide).sum(_dims(piece)), fold)
         for (part,), fold in folded
@@ -69,7 +72,7 @@ def _moments(x: Any, weights: Any | None, dtype: Any) -> Moments:  # noqa: ARG00
     return Moments(count, (rough + rest).to(dtype), m2.to(dtype))
 
 
-def _folded(*views: Any) -> list[tuple[tuple[Any, ...], int]]:
+def _folded(*views: Any, sums: int) -> list[tuple[tuple[Any, ...], int]]:
     """Rows side by side, so that no sum is long, and the last few by themselves; with how many.
 
     Channels in front of pixels are left as they are: there torch adds up in float64.
@@ -77,7 +80,7 @@ def _folded(*views: Any) -> list[tuple[tuple[Any, ...], int]]:
     if views[0].dim() == 3:
         return [(views, 1)]
     rows, channels = views[0].shape
-    fold = max(1, min(_FREE_SUMS // channels, rows))
+    fold = max(1, min(sums // channels, rows))
     whole = rows - rows % fold
     parts = [(tuple(view[:whole].reshape(-1, fold * channels) for view in views), fold)]
     if whole < rows:
@@ -119,7 +122,7 @@ def _linear(x: Any, mean: Any, slope: Any, offset: Any, scaling: Scaling) -> Any
 def _sums(dy: Any, x: Any, weights: Any | None, scaling: Scaling) -> CotangentSums:  # noqa: ARG001
     layout, dtype = Layout.of(x), scaling.mean.dtype
     totals = []
-    for (of_dy, of_x), fold in _folded(layout.view(dy), layout.view(x)):
+    for (of_dy, of_x), fold in _folded(layout.view(dy), layout.view(x), sums=_SHORT_SUMS):
         mean = scaling.mean.repeat(fold)
         ones = torch.ones_like(mean)
         size = _ROWS_A_SUM * len(mean) if of_x.dim() == 2 else of_x.numel()
