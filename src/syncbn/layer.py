@@ -42,7 +42,7 @@ __all__ = ["SyncBatchNormalization"]
 class SyncBatchNormalization(keras.layers.BatchNormalization):
     """Batch normalization by the statistics of the whole global batch of all replicas.
 
-    In training, on every replica of a `tf.distribute` strategy,
+    In training, on every replica (TensorFlow, JAX, torch: see Strategies),
 
         y = activation(gamma · (x − mean) / √(variance + epsilon) + beta)
         n = Σ w,   mean = Σ w · x / n,   variance = Σ w · (x − mean)² / n
@@ -70,12 +70,14 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
 
     Dtypes:
         Inputs in float16, bfloat16, float32 or float64, by the layer's dtype policy. Statistics are
-        kept in float32 at least, and merged over replicas in float64 (on TPU as a float32 table).
+        kept in float32 at least, and merged over replicas in float64 (on TPU, JAX without x64 and
+        Apple's GPUs as a float32 table).
         Weights are not rounded to the policy's dtype.
 
     Strategies:
-        none, OneDeviceStrategy, MirroredStrategy, MultiWorkerMirroredStrategy (in a custom loop).
-        Every replica must call the layer as often and in the same order as the others.
+        TensorFlow: none, OneDeviceStrategy, MirroredStrategy, MultiWorkerMirroredStrategy. JAX:
+        `keras.distribution`, `shard_map`, `pmap`, `vmap(axis_name=…)`. torch: the processes of a
+        process group. All replicas call the layer as often and in the same order.
 
     Args:
         axis: the axis of the channels; 1 after a convolution with
@@ -117,7 +119,8 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
             then kept; no other can be inverted. A relu behind the layer keeps its own result: there
             "output" is a tensor more. x̂ is off by about (1 + |beta / gamma|) roundings of the
             output; where half of its digits would go, and at gamma = 0, training stops with an
-            error. Not with virtual batches, XLA, gradients of gradients. In a `tf.function`.
+            error. Not with virtual batches, gradients of gradients, nor compiled by XLA, `jax.jit`
+            or `torch.compile`. TensorFlow saves memory by it in a `tf.function` alone.
         axis_name: on JAX, the name or names of the mapped axes to synchronize over, of `shard_map`,
             `pmap` or `vmap(axis_name=…)`. By default found where JAX says; of no effect elsewhere.
         process_group: on torch, the `torch.distributed` group whose processes are the replicas; by
@@ -129,13 +132,13 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
             replicas; a mask or weights that do not fit the inputs, or are negative or not finite.
         NotSynchronizableError: in training, where the replicas cannot meet: under
             ParameterServerStrategy, in the cross-replica context, outside of the strategy that the
-            layer was made under, inside `tf.cond` or `tf.while_loop` within a replica, on a Keras
-            backend other than TensorFlow.
-        UnsupportedFeatureError: `nan_check=True` or `save="output"` where XLA compiles the layer;
-            gradients of gradients with `save="output"`.
+            layer was made under, inside `tf.cond` or `tf.while_loop` within a replica; an axis_name
+            that is not bound; a process outside of the process_group.
+        UnsupportedFeatureError: `nan_check=True` or `save="output"` where the layer is compiled and
+            cannot stop; gradients of gradients with `save="output"`.
         LookupError: from TensorFlow, by forward-mode differentiation.
-        InvalidArgumentError: from TensorFlow, by `nan_check`, or by a gamma that `save="output"`
-            cannot divide by.
+        InvalidArgumentError (TensorFlow), FloatingPointError (JAX), InputError (torch): by
+            `nan_check`, or by a gamma that `save="output"` cannot divide by.
 
     References:
         Ioffe, Szegedy, "Batch Normalization", arXiv:1502.03167, 2015.
