@@ -54,10 +54,9 @@ def distribute_dataset(
         timeout: seconds to wait for another process's part of a batch.
 
     Returns:
-        The first argument of `fit`, `evaluate`, `predict` (which Keras can on one process alone), or
-        `validation_data`. It can be passed
-        over again as often as `x` can. Keras ignores its own `y`, `sample_weight`, `batch_size`,
-        `shuffle` and `class_weight` beside it: give them here.
+        The first argument of `fit`, `evaluate` or `predict` (which Keras can on one process alone),
+        or `validation_data`. It can be passed over again as often as `x` can. Keras ignores its own
+        `y`, `sample_weight`, `batch_size`, `shuffle` and `class_weight` beside it: give them here.
 
     Raises:
         InputError: arguments or batches that cannot be used, also in a pass: rows that differ
