@@ -45,11 +45,11 @@ demo: $(READY)
 	$(BIN)/syncbn train --compare --model convnet --precision float64 --epochs 3 \
 		--output $(OUTPUT)/convnet
 
-# Whole files for each process: what a file prepares once is used by all of its tests. Each of
-# Keras's backends apart: a process has one. TensorFlow's tests of workers wait much: three share.
+# Two processes, whole files each: what a file prepares once is used by all of its tests. Each of
+# Keras's backends apart: a process has one.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 test: lint types
-	KERAS_BACKEND=tensorflow $(BIN)/python -m pytest -n 3 --dist loadfile
+	KERAS_BACKEND=tensorflow $(PYTEST)
 	KERAS_BACKEND=jax $(PYTEST) tests/contract tests/jax
 	KERAS_BACKEND=torch $(PYTEST) tests/contract tests/torch
 

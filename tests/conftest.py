@@ -22,7 +22,7 @@ hypothesis.settings.register_profile(
     deadline=None,
     derandomize=True,
     # JAX compiles each example, for a second.
-    max_examples=int(os.environ.get("SYNCBN_EXAMPLES", "6" if BACKEND == "jax" else "20")),
+    max_examples=int(os.environ.get("SYNCBN_EXAMPLES", "4" if BACKEND == "jax" else "20")),
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile("contract")

@@ -11,7 +11,7 @@ from tests.scenarios.world import REFERENCE
 from syncbn.multi_worker import REPAIRS
 
 # The first test of a world waits for all that runs there.
-TIMES = [pytest.mark.multiprocess, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(900)]
 
 # Where a repair is shown to be needed: in the cheapest of the scenario's worlds.
 PLACES = ("mirrored2", "workers2x1")
@@ -27,37 +27,28 @@ def witness(repair):
 
 
 @functools.cache
-def runs(world, names):
+def runs(world):
     """Every witness of the world without its repair, the world being started once."""
-    found = [(name, witness(name)) for name in names]
+    found = [(repair.name, witness(repair.name)) for repair in REPAIRS]
     jobs = [f"{seen[0]}@{name}" for name, seen in found if seen and seen[1] == world]
     return drive(world, jobs, optimized=False)
 
 
 @functools.cache
-def reference(names):
-    found = sorted({seen[0] for name in names if (seen := witness(name))})
-    return drive(REFERENCE, found, optimized=False)
+def reference():
+    return drive(
+        REFERENCE, sorted({w[0] for r in REPAIRS if (w := witness(r.name))}), optimized=False
+    )
 
 
-# Two here; all by `make test-scenarios`.
-ALWAYS = ("loss", "steps")
-
-
-@pytest.mark.parametrize(
-    "repair",
-    [
-        pytest.param(one.name, marks=TIMES + [pytest.mark.scenarios] * (one.name not in ALWAYS))
-        for one in REPAIRS
-    ],
-)
+@pytest.mark.scenarios
+@pytest.mark.parametrize("repair", [repair.name for repair in REPAIRS])
 def test_a_scenario_fails_without_the_repair(repair):
     found = witness(repair)
     assert found, f"no scenario names the repair {repair!r}"
     name, world = found
     job = f"{name}@{repair}"
-    names = ALWAYS if repair in ALWAYS else tuple(one.name for one in REPAIRS)
-    verdict = judge(job, world, runs(world, names)[job], reference(names)[name][0])
+    verdict = judge(job, world, runs(world)[job], reference()[name][0])
     assert not verdict.same, f"{name} does not need {repair!r}: {verdict.words}"
 
 

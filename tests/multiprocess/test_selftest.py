@@ -43,6 +43,7 @@ def lines(output):
     return {line.split()[0]: line for line in output.splitlines() if line.startswith(names)}
 
 
+@pytest.mark.survival
 def test_local_statistics_fail_it_on_every_worker_with_the_reason(ended):
     codes, outputs = ended["local"]
     assert codes == [1, 1], outputs
@@ -53,6 +54,7 @@ def test_local_statistics_fail_it_on_every_worker_with_the_reason(ended):
         assert f"worker {worker}: fit: weights: gap to NumPy" in output
 
 
+@pytest.mark.survival
 def test_an_error_of_one_worker_ends_all_of_them_with_its_words(ended):
     codes, outputs = ended["raising"]
     assert codes == [1, 1], outputs
@@ -60,6 +62,7 @@ def test_an_error_of_one_worker_ends_all_of_them_with_its_words(ended):
     assert "worker 1" in outputs[0]
 
 
+@pytest.mark.survival
 def test_a_leak_fails_the_soak_of_one_worker(ended):
     codes, outputs = ended["leaky"]
     assert codes == [1], outputs

@@ -13,7 +13,7 @@ pytestmark = [
     ),
 ]
 
-WORLDS = ["one_repaired", "mirrored2"]
+WORLDS = ["mirrored2"]
 
 
 @pytest.mark.parametrize(
