@@ -11,7 +11,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from syncbn._backends.torch.gradients import average_gradients
+    from syncbn.averaging import average_gradients
     from syncbn.errors import (
         InputError,
         NotSynchronizableError,
@@ -35,7 +35,7 @@ _MODULE_OF = {
     "SyncbnError": "syncbn.errors",
     "UnsupportedFeatureError": "syncbn.errors",
     "WorkerError": "syncbn.errors",
-    "average_gradients": "syncbn._backends.torch.gradients",
+    "average_gradients": "syncbn.averaging",
     "average_moving_statistics": "syncbn.multi_worker.moving_statistics",
     "distribute_dataset": "syncbn.ragged",
     "enable_multi_worker": "syncbn.multi_worker",

@@ -4,14 +4,13 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
+from tests.contract.test_features import ROUNDED_BY_KERAS
 from tests.differences import central_differences
 from tests.harness import assert_close, assert_equals_one_device, make_case, numbers, observe
 from tests.oracle import ACTIVATIONS
 
 import syncbn
 
-# What Keras computes with float32 somewhere, also of float64.
-ROUNDED_BY_KERAS = {"tensorflow": ("leaky_relu",), "jax": ("tanh",)}
 NAMES = [name for name in ACTIVATIONS if name not in (None, "linear")]
 
 

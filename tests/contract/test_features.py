@@ -87,6 +87,9 @@ def build(feature, split, dtype, axis=-1):
     return FEATURES[feature](case)
 
 
+# What Keras computes with float32 somewhere, also of float64.
+ROUNDED_BY_KERAS = {"tensorflow": ("leaky_relu",), "jax": ("tanh",)}
+
 DTYPES = {"graph": "float32", "eager": "float64"}
 EAGER_ON_JAX = ("mask", "groups", "all of them")
 
@@ -109,7 +112,10 @@ def test_a_feature_gives_what_one_device_gives(feature, split, mode):
     # Uncompiled JAX compiles each operation by itself, for seconds: a part of them is enough there.
     if keras.backend.backend() == "jax" and split != "one" and feature not in EAGER_ON_JAX:
         mode = "graph"
-    assert_step_equals_one_device(build(feature, split, dtype), TOLERANCE[dtype], mode)
+    case, tolerance = build(feature, split, dtype), TOLERANCE[dtype]
+    if case.options.get("activation") in ROUNDED_BY_KERAS.get(keras.backend.backend(), ()):
+        tolerance = TOLERANCE["float32"]
+    assert_step_equals_one_device(case, tolerance, mode)
 
 
 def test_every_feature_meets_both_modes_and_every_split_too():
