@@ -22,7 +22,7 @@ help:
 	@echo "make test-models    branched models of keras.applications on two workers (4 minutes)"
 	@echo "make test-scenarios Keras's training on replicas and workers, the whole table (20 minutes)"
 	@echo "make test-survival  runs killed at random steps end with the same bits; a long soak"
-	@echo "make test-frameworks the launcher with JAX and torch, what they compile long (8 minutes)"
+	@echo "make test-frameworks the launcher with JAX and torch, all cases of their tests (15 minutes)"
 	@echo "make test-versions  the contract on older TensorFlow and Keras (30 minutes)"
 	@echo "make lock           resolve requirements.in into requirements.lock"
 	@echo "make clean          remove .venv and every cache"
@@ -81,10 +81,11 @@ test-models: $(READY)
 test-survival: $(READY)
 	$(BIN)/python -m pytest -m survival --timeout 1200
 
+EVERY := -m "frameworks or not frameworks"
 test-frameworks: $(READY)
 	$(BIN)/python tests/frameworks.py
-	KERAS_BACKEND=jax $(BIN)/python -m pytest -m frameworks tests/jax
-	KERAS_BACKEND=torch $(BIN)/python -m pytest -m frameworks tests/torch
+	SYNCBN_EVERY_CASE=1 KERAS_BACKEND=jax $(PYTEST) $(EVERY) tests/contract tests/jax
+	SYNCBN_EVERY_CASE=1 KERAS_BACKEND=torch $(PYTEST) $(EVERY) tests/contract tests/torch
 	KERAS_BACKEND=tensorflow $(BIN)/python -m pytest -m frameworks tests/meta
 
 test-scenarios: $(READY)

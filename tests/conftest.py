@@ -4,6 +4,7 @@ By KERAS_BACKEND. `tests/contract` is every backend's, and the folder of its nam
 the rest is TensorFlow's, which is the default.
 """
 
+import collections
 import importlib
 import inspect
 import os
@@ -36,6 +37,24 @@ def pytest_ignore_collect(collection_path):
     """Whether a folder of tests is not this backend's."""
     folder = collection_path.relative_to(Path(__file__).parent).parts[:1]
     return None if not folder or folder[0] in _FOLDERS.get(BACKEND, _TENSORFLOW) else True
+
+
+def pytest_collection_modifyitems(config, items):
+    """On JAX and torch every third case of each test, the first among them: TensorFlow runs all.
+
+    Every claim is tested on every backend in the time of `make test`; SYNCBN_EVERY_CASE=1, as
+    `make test-frameworks` has it, runs all cases there too.
+    """
+    if BACKEND not in _FOLDERS or os.environ.get("SYNCBN_EVERY_CASE"):
+        return
+    seen = collections.Counter()
+    kept, left_out = [], []
+    for item in items:
+        test = item.nodeid.split("[")[0]
+        (left_out if seen[test] % 3 else kept).append(item)
+        seen[test] += 1
+    items[:] = kept
+    config.hook.pytest_deselected(items=left_out)
 
 
 @pytest.fixture(scope="session", autouse=True)

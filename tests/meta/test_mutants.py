@@ -70,7 +70,12 @@ def outcomes(tests, mutant, report, backend="tensorflow"):
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", f"--junitxml={report}", *tests],
         cwd=ROOT,
-        env={**os.environ, "SYNCBN_MUTANT": mutant, "KERAS_BACKEND": backend},
+        env={
+            **os.environ,
+            "SYNCBN_MUTANT": mutant,
+            "KERAS_BACKEND": backend,
+            "SYNCBN_EVERY_CASE": "1",
+        },
         capture_output=True,
         text=True,
         timeout=250,
