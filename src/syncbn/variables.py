@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import keras
 from keras import ops
 
 from syncbn._keras import xp
@@ -20,7 +21,12 @@ def state_of(layer: Any) -> dict[str, Any]:
         names += ["moving_stddev", "renorm_mean", "renorm_stddev"]
     # Without gamma or beta the attribute is None, before Keras 3.5 missing.
     variables = {name: getattr(layer, name, None) for name in names}
-    return {name: variable.value for name, variable in variables.items() if variable is not None}
+    return {name: _own_of(variable) for name, variable in variables.items() if variable is not None}
+
+
+def _own_of(variable: Any) -> Any:
+    """The framework's own: Keras 3 has a variable around it, tf_keras has not."""
+    return variable.value if isinstance(variable, keras.Variable) else variable
 
 
 def affine_of(layer: Any, moments: Moments) -> tuple[Any | None, Any | None]:
