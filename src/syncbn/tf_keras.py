@@ -162,7 +162,7 @@ class SyncBatchNormalization(OwnArguments, tf_keras.layers.BatchNormalization):
     )
 
     def build(self, input_shape: Any) -> None:
-        """Make the weights: tf_keras's, in its order, then the number of batches without momentum."""
+        """Make the weights: tf_keras's, in its order, then those of this layer's own arguments."""
         super().build(input_shape)
         if self.momentum is None:
             self.num_batches_tracked = self.add_weight(
