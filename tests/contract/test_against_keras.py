@@ -3,13 +3,11 @@
 import functools
 import itertools
 
-import keras
 import numpy as np
 import pytest
 from tests import one_device
 from tests.harness import assert_close, make_case, numbers
-
-import syncbn
+from tests.which_keras import SyncBatchNormalization, keras
 
 STEPS = 3
 KERAS_HAS_RENORM = hasattr(keras.layers.BatchNormalization(), "renorm")
@@ -86,7 +84,7 @@ def assert_same(arguments, dtype="float32", masked=False, trainable=True):
     with one_device.precision(dtype):
         layers = [
             layer_class(**arguments, **INITIALIZERS, dtype=dtype)
-            for layer_class in (syncbn.SyncBatchNormalization, keras.layers.BatchNormalization)
+            for layer_class in (SyncBatchNormalization, keras.layers.BatchNormalization)
         ]
         ours, theirs = (train(layer, case, mask, trainable) for layer in layers)
     assert [w.name for w in layers[0].weights] == [w.name for w in layers[1].weights]
@@ -131,7 +129,7 @@ def test_regularizers_and_constraints_are_keras_s():
         "beta_constraint": keras.constraints.MaxNorm(0.5),
     }
     losses, weights = [], []
-    for layer_class in (syncbn.SyncBatchNormalization, keras.layers.BatchNormalization):
+    for layer_class in (SyncBatchNormalization, keras.layers.BatchNormalization):
         keras.utils.set_random_seed(0)
         model = keras.Sequential([keras.Input((4,)), layer_class(**arguments)])
         model.compile(keras.optimizers.SGD(1.0), "mse")
@@ -151,14 +149,14 @@ def test_keras_crashes_at_a_mask_and_one_channel():
     x, mask = np.array([[1.0], [2.0], [6.0]], "f4"), np.array([True, False, True])
     with pytest.raises(IndexError, match="tuple index out of range"):
         keras.layers.BatchNormalization(axis=1)(x, training=True, mask=mask)
-    layer = syncbn.SyncBatchNormalization(axis=1, momentum=0.0)
+    layer = SyncBatchNormalization(axis=1, momentum=0.0)
     layer(x, training=True, mask=mask)
     assert numbers(layer.moving_mean) == pytest.approx([3.5])
 
 
 def test_keras_moves_its_statistics_by_a_batch_without_elements():
     x, mask = np.ones((2, 3, 4), "f4"), np.zeros((2, 3), bool)
-    theirs, ours = keras.layers.BatchNormalization(), syncbn.SyncBatchNormalization()
+    theirs, ours = keras.layers.BatchNormalization(), SyncBatchNormalization()
     for layer in (theirs, ours):
         layer(x, training=True, mask=mask)
     assert numbers(theirs.moving_variance) == pytest.approx([0.99] * 4)
@@ -170,7 +168,7 @@ def test_keras_lets_the_cotangent_of_what_is_masked_into_the_gradient_of_gamma()
     mask = np.random.default_rng(1).random((6, 5)) > 0.4
     expected = case._replace(masks=[mask], gamma=np.ones(4)).expected().gamma_gradient
     gradients = []
-    for layer_class in (syncbn.SyncBatchNormalization, keras.layers.BatchNormalization):
+    for layer_class in (SyncBatchNormalization, keras.layers.BatchNormalization):
         layer = layer_class()
         layer.build((None, 5, 4))
         _, _, of_gamma, _ = one_device.step(layer, case.parts[0], case.cotangents[0], mask=mask)
