@@ -15,6 +15,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import hypothesis
 import pytest
+
 from tests.which_keras import TF_KERAS
 
 BACKEND = os.environ["KERAS_BACKEND"]

@@ -12,9 +12,6 @@ from typing import Any
 
 TF_KERAS = os.environ.get("SYNCBN_KERAS", "keras") == "tf_keras"
 
-__all__ = ["TF_KERAS", "SyncBatchNormalization", "framework_variable", "keras", "name_of"]
-
-
 def __getattr__(name: str) -> Any:
     """`keras` and our layer for it, imported when asked for: what needs none stays fast."""
     if name == "keras":

@@ -252,7 +252,9 @@ class SyncBatchNormalization(OwnArguments, tf_keras.layers.BatchNormalization):
         config: dict[str, Any] = super().get_config()
         config |= self._own_config()
         config["axis"] = _one_axis(self.axis)
-        config["fused"] = self._given_fused
+        # Keras 3, which takes the rest of this, does not know it.
+        if self._given_fused is not None:
+            config["fused"] = self._given_fused
         config["virtual_batch_size"] = self._virtual_batch_size
         return config
 

@@ -29,11 +29,16 @@ def _own_of(variable: Any) -> Any:
     return variable.value if isinstance(variable, keras.Variable) else variable
 
 
+def _read(variable: Any) -> Any:
+    """What operations take; in place, on a variable of tf_keras itself, they would change it."""
+    return variable if isinstance(variable, keras.Variable) else variable.value()
+
+
 def affine_of(layer: Any, moments: Moments) -> tuple[Any | None, Any | None]:
     """`(gamma, beta)` for a batch of these moments; with renorm corrected towards the past."""
     # Before Keras 3.5 the attribute is missing without the weight.
-    gamma = layer.gamma if layer.scale else None
-    beta = layer.beta if layer.center else None
+    gamma = _read(layer.gamma) if layer.scale else None
+    beta = _read(layer.beta) if layer.center else None
     if not layer.renorm:
         return gamma, beta
     dtype = moments.mean.dtype

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from tests import oracle
 from tests.harness import Case, assert_close, numbers, observe
-from tests.which_keras import SyncBatchNormalization, keras
+from tests.which_keras import SyncBatchNormalization, keras, name_of
 
 
 def batches(sizes, steps, seed=0):
@@ -115,7 +115,7 @@ def test_without_the_argument_the_moving_variance_is_biased_as_keras_s():
     layers = [SyncBatchNormalization(), keras.layers.BatchNormalization()]
     for layer in layers:
         layer(batches((5,), 1)[0][0], training=True)
-    own, its = ({w.name: numbers(w) for w in layer.weights} for layer in layers)
+    own, its = ({name_of(w): numbers(w) for w in layer.weights} for layer in layers)
     assert_moved(own, its["moving_mean"], its["moving_variance"])
 
 
@@ -132,7 +132,7 @@ def test_every_call_of_a_shared_layer_counts_in_order(momentum):
         branch = part.astype("f8") * (1 + shift) + shift
         mean = oracle.moved(mean, branch.mean(0), keep)
         variance = oracle.moved(variance, branch.var(0), keep)
-    assert_moved({w.name: numbers(w) for w in layer.weights}, mean, variance)
+    assert_moved({name_of(w): numbers(w) for w in layer.weights}, mean, variance)
 
 
 @pytest.mark.parametrize("momentum", [0.9, None])

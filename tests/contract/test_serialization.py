@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 from tests.harness import numbers
-from tests.which_keras import SyncBatchNormalization, keras
+from tests.which_keras import TF_KERAS, SyncBatchNormalization, keras, name_of
 
 ARGUMENTS = {
     "axis": 1,
@@ -45,6 +45,8 @@ OWN = {
     "axis_name": "data",
     "process_group": [0, 1],
 }
+if TF_KERAS:
+    del OWN["axis_name"], OWN["process_group"]
 
 
 @pytest.fixture
@@ -71,6 +73,7 @@ def test_signature_is_that_of_keras_without_synchronized():
     del theirs["synchronized"]
     # Keras has these since 3.13; ours are there on any.
     later = {"renorm", "renorm_clipping", "renorm_momentum"} - set(theirs)
+    of_its_base = {"fused", *later} if TF_KERAS else set()
     # By keyword and default; the order too, since old code passes some by position.
     positional = [
         (p.name, p.default)
@@ -78,7 +81,7 @@ def test_signature_is_that_of_keras_without_synchronized():
         if p.name not in later and p.kind is not p.KEYWORD_ONLY
     ]
     assert positional == [(p.name, p.default) for p in theirs.values()]
-    assert {p.name for p in ours.values() if p.kind is p.KEYWORD_ONLY} == set(OWN)
+    assert {p.name for p in ours.values() if p.kind is p.KEYWORD_ONLY} == {*OWN, *of_its_base}
 
 
 def test_weights_have_the_names_order_and_shapes_of_keras():
@@ -114,7 +117,8 @@ def test_each_argument_of_its_own_is_kept_by_config_json_and_a_keras_file(name, 
     ):
         layer = again.get_layer("norm")
         assert layer.get_config()[name] == model.get_layer("norm").get_config()[name] == value
-        assert [w.name for w in layer.weights] == [w.name for w in model.get_layer("norm").weights]
+        names, its = (list(map(name_of, one.weights)) for one in (layer, model.get_layer("norm")))
+        assert names == its
 
 
 def saved_and_loaded(model, path):
@@ -177,7 +181,9 @@ def test_keras_file_keeps_it_synchronized(model, tmp_path):
 
 # Each is a process that starts anew: of the other backends one is enough.
 IMPORTS = ["import syncbn; syncbn.SyncBatchNormalization; import keras"]
-if keras.backend.backend() == "tensorflow":
+if TF_KERAS:
+    IMPORTS = ["import syncbn.tf_keras; import tf_keras as keras", "import keras, syncbn"]
+elif keras.backend.backend() == "tensorflow":
     IMPORTS.append("import keras, syncbn")
 
 
