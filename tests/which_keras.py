@@ -12,6 +12,7 @@ from typing import Any
 
 TF_KERAS = os.environ.get("SYNCBN_KERAS", "keras") == "tf_keras"
 
+
 def __getattr__(name: str) -> Any:
     """`keras` and our layer for it, imported when asked for: what needs none stays fast."""
     if name == "keras":

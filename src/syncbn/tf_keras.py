@@ -153,7 +153,7 @@ class SyncBatchNormalization(OwnArguments, tf_keras.layers.BatchNormalization):
         self._set_kernel(activation, nan_check, save)
         self._virtual_batch_size, self.virtual_batch_size = self.virtual_batch_size, None
 
-    # Or lists and dictionaries would be wrapped, and be in every checkpoint.
+    # Or tf_keras would wrap lists and dictionaries, and keep them in every checkpoint.
     _set_renorm = tf.__internal__.tracking.no_automatic_dependency_tracking(
         OwnArguments._set_renorm
     )
@@ -265,6 +265,14 @@ class SyncBatchNormalization(OwnArguments, tf_keras.layers.BatchNormalization):
         Those are `BatchNormalization`, which leaves `synchronized` out of it, and
         `experimental.SyncBatchNormalization`.
         """
+        axis = config.get("axis")
+        if config.get("virtual_batch_size") is not None and isinstance(axis, Sequence):
+            raise InputError(
+                "SyncBatchNormalization.from_config requires the axis of the channels. Received: "
+                f"axis={list(axis)!r} with virtual_batch_size, as tf_keras's BatchNormalization "
+                "has it once it is built: it counts the axis of its virtual batches in. Set "
+                "config['axis'] to the axis of the channels, an integer."
+            )
         layer: SyncBatchNormalization = super().from_config(
             {name: value for name, value in config.items() if name != "synchronized"}
         )
