@@ -24,8 +24,10 @@ hypothesis.settings.register_profile(
     "contract",
     deadline=None,
     derandomize=True,
-    # JAX compiles each example, for a second.
-    max_examples=int(os.environ.get("SYNCBN_EXAMPLES", "4" if BACKEND == "jax" else "20")),
+    # JAX compiles each example, for a second; with tf_keras the kernels are TensorFlow's again.
+    max_examples=int(
+        os.environ.get("SYNCBN_EXAMPLES", "4" if BACKEND == "jax" or TF_KERAS else "20")
+    ),
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile("contract")

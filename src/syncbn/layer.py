@@ -201,8 +201,6 @@ class SyncBatchNormalization(OwnArguments, keras.layers.BatchNormalization):
         self.axis_name = checked_axis_name(axis_name)
         self.process_group = process_group
         self._set_kernel(activation, nan_check, save)
-        # XLA leaves assertions out. So `compile(jit_compile="auto")` does not choose it.
-        self.supports_jit = not self.nan_check and save == "input"
 
     def build(self, input_shape: Any) -> None:
         """Make the weights: Keras's, in its order, then those of this layer's own arguments."""

@@ -72,6 +72,8 @@ class OwnArguments:
         self.nan_check = nan_check
         grouped_renorm = self.renorm and self._grouping != Grouping()
         self.save = checked_save(save, self.activation, self.virtual_batch_size, grouped_renorm)
+        # XLA leaves assertions out. So `compile(jit_compile="auto")` does not choose it.
+        self.supports_jit = not self.nan_check and save == "input"
 
     def _own_config(self) -> dict[str, Any]:
         """The arguments by name, as values that any file holds."""
