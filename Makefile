@@ -52,6 +52,7 @@ test: lint types
 	KERAS_BACKEND=tensorflow $(PYTEST)
 	KERAS_BACKEND=jax $(PYTEST) tests/contract tests/jax
 	KERAS_BACKEND=torch $(PYTEST) tests/contract tests/torch
+	SYNCBN_KERAS=tf_keras KERAS_BACKEND=tensorflow $(PYTEST) tests/contract tests/tf_keras
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -86,6 +87,8 @@ test-frameworks: $(READY)
 	$(BIN)/python tests/frameworks.py
 	SYNCBN_EVERY_CASE=1 KERAS_BACKEND=jax $(PYTEST) $(EVERY) tests/contract tests/jax
 	SYNCBN_EVERY_CASE=1 KERAS_BACKEND=torch $(PYTEST) $(EVERY) tests/contract tests/torch
+	SYNCBN_EVERY_CASE=1 SYNCBN_KERAS=tf_keras KERAS_BACKEND=tensorflow $(PYTEST) $(EVERY) \
+		tests/contract tests/tf_keras
 	KERAS_BACKEND=tensorflow $(BIN)/python -m pytest -m frameworks tests/meta
 
 test-scenarios: $(READY)

@@ -46,7 +46,7 @@ def test_inference_is_tf_keras_s_to_the_last_bit(shape, dtype, frozen):
 
 
 @pytest.mark.parametrize("trainable", [True, False])
-def test_a_step_has_a_collective_each_way_and_a_frozen_one_none(trainable):
+def test_a_step_has_a_collective_each_way_and_frozen_none(trainable):
     case = make_case([(5, 4), (3, 4)])
     layer = make_layer(case, mirrored_strategy(2), trainable=trainable)
     found = traced(2, make_step(layer), case)

@@ -122,6 +122,7 @@ def test_what_is_exported_is_inference_without_a_collective(model, tmp_path):
         assert not {op for op in found if op.startswith(("Collective", "Nccl", "Assert", "Assign"))}
 
 
+@pytest.mark.frameworks  # a process that starts anew
 def test_a_saved_model_without_the_class_serves_and_refuses_to_train(tmp_path):
     model = tf_keras.Sequential([tf_keras.Input((4,)), SyncBatchNormalization(name="norm")])
     model.save(tmp_path / "saved")
