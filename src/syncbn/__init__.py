@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from syncbn.averaging import average_gradients
+    from syncbn.conversion import ConversionPlan, convert, plan_conversion, revert, reverted
     from syncbn.errors import (
         InputError,
         NotSynchronizableError,
@@ -23,13 +24,16 @@ if TYPE_CHECKING:
     from syncbn.layer import SyncBatchNormalization
     from syncbn.multi_worker import enable_multi_worker
     from syncbn.multi_worker.moving_statistics import average_moving_statistics
+    from syncbn.portable import PortableCheckpoint
     from syncbn.ragged import distribute_dataset
 
 __version__ = "0.1.0"
 
 _MODULE_OF = {
+    "ConversionPlan": "syncbn.conversion",
     "InputError": "syncbn.errors",
     "NotSynchronizableError": "syncbn.errors",
+    "PortableCheckpoint": "syncbn.portable",
     "RepairError": "syncbn.errors",
     "SyncBatchNormalization": "syncbn.layer",
     "SyncbnError": "syncbn.errors",
@@ -37,16 +41,22 @@ _MODULE_OF = {
     "WorkerError": "syncbn.errors",
     "average_gradients": "syncbn.averaging",
     "average_moving_statistics": "syncbn.multi_worker.moving_statistics",
+    "convert": "syncbn.conversion",
     "distribute_dataset": "syncbn.ragged",
     "enable_multi_worker": "syncbn.multi_worker",
+    "plan_conversion": "syncbn.conversion",
+    "revert": "syncbn.conversion",
+    "reverted": "syncbn.conversion",
 }
 
 # Keras's names of them, which are those of their packages and of syncbn's extras.
 _BACKENDS = ("tensorflow", "jax", "torch")
 
 __all__ = [
+    "ConversionPlan",
     "InputError",
     "NotSynchronizableError",
+    "PortableCheckpoint",
     "RepairError",
     "SyncBatchNormalization",
     "SyncbnError",
@@ -54,8 +64,12 @@ __all__ = [
     "WorkerError",
     "average_gradients",
     "average_moving_statistics",
+    "convert",
     "distribute_dataset",
     "enable_multi_worker",
+    "plan_conversion",
+    "revert",
+    "reverted",
 ]
 
 

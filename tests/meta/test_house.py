@@ -31,7 +31,7 @@ LOADED = "import sys, json; print(json.dumps(sorted(m.split('.')[0] for m in sys
         *(
             "import syncbn\nwith __import__('contextlib').suppress(SystemExit): "
             f"__import__('syncbn.cli').cli.main([{command!r}, '--help'])"
-            for command in ("train", "launch", "bench")
+            for command in ("train", "launch", "bench", "convert")
         ),
         "import syncbn.launch.supervisor",
     ],
@@ -81,7 +81,7 @@ def imports_of(path):
 
 # Left may be imported by right, never the other way: DESIGN's chain as far as it is built.
 LAYERS = [
-    *("errors", "moments", "groups", "renorm", "places", "_backends", "_keras", "ragged"),
+    *("errors", "files", "moments", "groups", "renorm", "places", "_backends", "_keras", "ragged"),
     *(
         "averaging",
         "arguments",
