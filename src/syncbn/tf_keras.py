@@ -8,7 +8,6 @@ from typing import Any
 
 import keras
 import tensorflow as tf
-import tf_keras
 from keras import ops
 
 from syncbn._backends.interface import Scheme
@@ -16,6 +15,17 @@ from syncbn._backends.tensorflow.graphs import is_being_saved, tf_keras_infers_s
 from syncbn.arguments import refuse_synchronized
 from syncbn.errors import InputError, NotSynchronizableError, UnsupportedFeatureError
 from syncbn.own_arguments import OwnArguments
+
+try:
+    import tf_keras
+except ModuleNotFoundError as error:
+    if error.name != "tf_keras":
+        raise
+    raise ModuleNotFoundError(
+        "syncbn.tf_keras requires the package tf_keras. Received: no such package. Install it: "
+        "pip install tf_keras; or take syncbn.SyncBatchNormalization, which is Keras 3's.",
+        name="tf_keras",
+    ) from error
 
 __all__ = ["SyncBatchNormalization"]
 

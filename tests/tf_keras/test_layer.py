@@ -1,5 +1,8 @@
 """What the layer of tf_keras has to do that Keras 3's has not."""
 
+import importlib
+import sys
+
 import keras
 import numpy as np
 import pytest
@@ -124,6 +127,13 @@ def test_definitions_are_those_of_keras_2():
     np.testing.assert_array_equal(numbers(layer(x)), numbers(expected))
     given = tf_keras.activations.get("leaky_relu")
     assert SyncBatchNormalization(activation=given, save="output").activation is given
+
+
+def test_without_tf_keras_there_is_one_error(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tf_keras", None)
+    monkeypatch.delitem(sys.modules, "syncbn.tf_keras")
+    with pytest.raises(ModuleNotFoundError, match="pip install tf_keras"):
+        importlib.import_module("syncbn.tf_keras")
 
 
 def test_keras_3_on_another_backend_is_one_error(monkeypatch):
