@@ -83,7 +83,17 @@ def imports_of(path):
 # Left may be imported by right, never the other way: DESIGN's chain as far as it is built.
 LAYERS = [
     *("errors", "moments", "groups", "renorm", "places", "_backends", "_keras", "ragged"),
-    *("averaging", "arguments", "weighting", "moving", "layer", "folding", "training", "bench", "cli"),
+    *(
+        "averaging",
+        "arguments",
+        "weighting",
+        "moving",
+        "layer",
+        "folding",
+        "training",
+        "bench",
+        "cli",
+    ),
 ]
 
 

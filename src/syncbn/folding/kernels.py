@@ -11,7 +11,6 @@ import numpy as np
 
 __all__ = [
     "Affine",
-    "FoldedWeights",
     "affine_of",
     "bias_axes",
     "channel_axis",
@@ -31,14 +30,6 @@ class Affine(NamedTuple):
     mean: np.ndarray
     scale: np.ndarray
     beta: np.ndarray
-
-
-class FoldedWeights(NamedTuple):
-    """The weights of a layer into which batch normalization was folded, in float64."""
-
-    kernel_name: str  # the attribute of the layer that it replaces
-    kernel: np.ndarray
-    bias: np.ndarray
 
 
 def affine_of(layer: Any) -> Affine:
@@ -68,11 +59,12 @@ def bias_axes(layer: Any) -> str | None:
     return _einsum_label(layer) if type(layer) is keras.layers.EinsumDense else None
 
 
-def folded_weights(layer: Any, norms: list[Affine]) -> FoldedWeights | None:
+def folded_weights(layer: Any, norms: list[Affine]) -> dict[str, np.ndarray] | None:
     """The weights with which the layer does what it and the normalizations did, one after another.
 
     Returns:
-        None where a weight is not finite in the dtype of the layer's variables.
+        All weights of the layer in float64 by the names of its attributes; None where one is not
+        finite in the dtype of the layer's variables.
     """
     name, scaled = _scaling(layer)
     kernel = _float64(getattr(layer, name))
@@ -84,9 +76,13 @@ def folded_weights(layer: Any, norms: list[Affine]) -> FoldedWeights | None:
     dtype = keras.backend.standardize_dtype(getattr(layer, name).dtype)
     # NumPy's own does not know bfloat16.
     limit = float(ml_dtypes.finfo(dtype).max)  # type: ignore[no-untyped-call]
+    weights = {name: kernel, "bias": bias}
     # Written so that a NaN fails.
-    fits = all(bool(np.all(np.abs(array) <= limit)) for array in (kernel, bias))
-    return FoldedWeights(name, kernel, bias) if fits else None
+    if not all(bool(np.all(np.abs(array) <= limit)) for array in weights.values()):
+        return None
+    if type(layer) in _classes(_SEPARABLE):
+        weights["depthwise_kernel"] = _float64(layer.depthwise_kernel)
+    return weights
 
 
 def _scaling(layer: Any) -> tuple[str, Callable[[np.ndarray, np.ndarray], np.ndarray]]:

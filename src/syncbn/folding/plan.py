@@ -123,7 +123,7 @@ def targets_of(model: Any) -> tuple[list[Target], FoldingPlan]:
 def _check_model(model: Any) -> None:
     if graph_of(model) is not None:
         return
-    received = f"{type(model).__module__}.{type(model).__qualname__}"
+    received = f"{type(model).__module__}.{type(model).__name__}"
     remedy = "Give the model itself."
     if isinstance(model, keras.Sequential) and not model.built:
         received += ", which is not built"
@@ -208,6 +208,10 @@ def _check_fit(target: Target, call: Call, norm: Any) -> None:
     before, after = (keras.backend.standardize_dtype(tensor.dtype) for tensor in tensors)
     if before != after:
         raise _No(f'it makes {after} of the {before} of "{name}"')
+    # keras.ops.add takes it for that of channels_last (seen in 3.15, with any layer's bias).
+    confused = keras.backend.backend() == "tensorflow" and axis != rank - 1
+    if confused and call.outputs[0].shape[-1] == call.outputs[0].shape[axis]:
+        raise _No(f'Keras adds a bias of "{name}" along its last axis, which is as long')
     norms = [affine_of(one) for one in (*target.norms, norm)]
     if folded_weights(target.layer, norms) is None:
         raise _No(f'the weights of "{name}" would not be finite')

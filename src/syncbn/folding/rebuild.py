@@ -49,8 +49,8 @@ class Rebuilding:
                     "syncbn.fold requires weights that nothing else changes meanwhile. Received: "
                     f'others in "{target.path}" than when folding was planned. Fold again.'
                 )
-            getattr(layer, weights.kernel_name).assign(weights.kernel)
-            layer.bias.assign(weights.bias)
+            for name, value in weights.items():
+                getattr(layer, name).assign(value)
         return result
 
     def _model(self, model: Any, *, is_outermost: bool = False) -> Any:
@@ -85,7 +85,7 @@ class Rebuilding:
 
     def _made_for(self, operation: Any, named: set[int]) -> Any:
         if id(operation) in named:
-            return keras.layers.Identity(name=operation.name, dtype=operation.dtype_policy)
+            return keras.layers.Identity(name=operation.name, dtype=operation.compute_dtype)
         inner: Any = None
         if target := self._targets.get(id(operation)):
             inner = self._linear(target)
