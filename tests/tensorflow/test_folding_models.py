@@ -27,9 +27,10 @@ def made(name, size):
     model = getattr(keras.applications, name)(
         weights=None, input_shape=(size, size, 3), classes=10, classifier_activation=None
     )
-    # Those of a new layer do nothing. By ranges with which values stay of one size.
+    # Those of a new layer do nothing. With smaller variances values grow from layer to layer, until
+    # float32 has few digits left of them, folded or not.
     ranges = {"gamma": (0.7, 1.3), "beta": (-0.3, 0.3)}
-    ranges |= {"moving_mean": (-0.3, 0.3), "moving_variance": (0.2, 0.6)}
+    ranges |= {"moving_mean": (-0.3, 0.3), "moving_variance": (1.0, 3.0)}
     rng = np.random.default_rng(0)
     for layer in model.layers:
         if isinstance(layer, layers.BatchNormalization):
@@ -54,8 +55,7 @@ def test_a_model_of_keras_applications_folds(name):
     assert len(result.layers) == len(model.layers) - folded
     batch = np.random.default_rng(1).normal(size=(2, size, size, 3)).astype("f4")
     own, its = (np.asarray(one(batch, training=False)) for one in (result, model))
-    # Float32 through some fifty layers, folded or not.
-    assert_close("outputs", own, its, 2e-5)
+    assert_close("outputs", own, its, 1e-5)
     kept = {layer.name: layer for layer in model.layers}
     into = {one.into for one in plan.folded}
     for layer in result.layers:
