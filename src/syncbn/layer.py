@@ -333,8 +333,11 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
             outputs, union = backend.normalize(
                 batch, self._scheme(), functools.partial(affine_of, self)
             )
-            move_statistics(self, union)
+            self._follow(union)
         return ops.cast(outputs, self.compute_dtype)
+
+    # How the moving statistics follow a batch; recalibration does something else with its moments.
+    _follow = move_statistics
 
     def _scheme(self) -> Scheme:
         return Scheme(
