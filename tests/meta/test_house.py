@@ -89,6 +89,7 @@ LAYERS = [
         "moving",
         "layer",
         "conversion",
+        "recalibration",
         "training",
         "bench",
         "cli",

@@ -159,7 +159,10 @@ def _is_endless(dataset: Any) -> bool:
     if isinstance(dataset, keras.utils.PyDataset):
         return getattr(dataset, "num_batches", 0) is None
     if type(dataset).__module__.startswith("tensorflow.") and hasattr(dataset, "cardinality"):
-        return int(dataset.cardinality()) == -1  # tf.data.INFINITE_CARDINALITY
+        # Of a distributed data set it is no method.
+        cardinality = dataset.cardinality
+        size = cardinality() if callable(cardinality) else cardinality
+        return int(size) == -1  # tf.data.INFINITE_CARDINALITY
     return False
 
 

@@ -81,7 +81,7 @@ def recalibrating(found: Sequence[Found], dtype: str, scope: Any) -> Iterator[li
         undo.enter_context(specialize((one.layer for one in found), _Recalibrating))
         for one, variable in zip(found, gathered, strict=True):
             # Past Keras, which would take it for one of the layer's own weights.
-            vars(one.layer)["_gathered"] = variable
+            vars(one.layer)["gathered"] = variable
         yield gathered
 
 
@@ -92,9 +92,7 @@ def _zeros(channels: int, dtype: str) -> Any:
 def _replacement(one: Found) -> Replacement:
     arguments, _ = arguments_of(one.layer, TO_SYNCHRONIZED, {})
     made = SyncBatchNormalization(**arguments)
-    return Replacement(
-        one.path, _PLAIN.__name__, type(made).__name__, {}, {}, one.layer, made
-    )
+    return Replacement(one.path, _PLAIN.__name__, type(made).__name__, {}, {}, one.layer, made)
 
 
 class _Recalibrating(SyncBatchNormalization):
@@ -110,12 +108,12 @@ class _Recalibrating(SyncBatchNormalization):
         return super().call(inputs, training=True, mask=mask, weights=weights)
 
     def _follow(self, union: Moments) -> None:
-        dtype = self._gathered.dtype
-        before = ops.cast(self._gathered, dtype)
+        dtype = self.gathered.dtype
+        before = ops.cast(self.gathered, dtype)
         channels = before.shape[1:]
         batch = Moments(*(ops.broadcast_to(ops.cast(v, dtype), channels) for v in union))
         gathered = merge(Moments(before[0], before[1], before[2]), batch, xp)
-        self._gathered.assign(ops.stack(gathered))
+        self.gathered.assign(ops.stack(gathered))
 
     def _scheme(self) -> Scheme:
         # No gradient is taken, NaN is looked for once a step for all layers, and the batch is whole

@@ -14,7 +14,7 @@ class RecalibratedLayer(NamedTuple):
 
     path: str  # names from the model's layers down to it, by slashes
     layer_class: str
-    count: float | tuple[float, ...]  # elements of a channel; of each where a mask tells them apart
+    elements: float | tuple[float, ...]  # of a channel; of each where a mask tells them apart
 
 
 class RecalibrationReport(NamedTuple):
@@ -32,7 +32,11 @@ class RecalibrationReport(NamedTuple):
             "steps": self.steps,
             "layers": [
                 one._asdict()
-                | {"count": list(one.count) if isinstance(one.count, tuple) else one.count}
+                | {
+                    "elements": list(one.elements)
+                    if isinstance(one.elements, tuple)
+                    else one.elements
+                }
                 for one in self.layers
             ],
             "left": [one._asdict() for one in self.left],

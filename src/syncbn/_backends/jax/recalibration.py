@@ -30,9 +30,7 @@ def moments_dtype(model: Any) -> str:
     return str(np.dtype(collectives.moments_dtype()).name)
 
 
-def vectors(
-    model: Any, data: Any, gathered: Sequence[Any], steps: int | None
-) -> Iterator[Any]:
+def vectors(model: Any, data: Any, gathered: Sequence[Any], steps: int | None) -> Iterator[Any]:
     """What was gathered in each step, all variables in one vector; the same on every device.
 
     Args:
@@ -68,7 +66,7 @@ def _step(model: Any, variables: Sequence[Any], gathered: Sequence[Any]) -> Any:
             model(x, training=False)
         return jnp.concatenate([stateless.get_current_value(v).reshape(-1) for v in gathered])
 
-    if not _can_be_compiled(model):
+    if not _can_be_compiled(model, gathered):
         return step
     active = keras.distribution.distribution()
     if active is None:
@@ -77,9 +75,13 @@ def _step(model: Any, variables: Sequence[Any], gathered: Sequence[Any]) -> Any:
     return jax.jit(step, out_shardings=everywhere)
 
 
-def _can_be_compiled(model: Any) -> bool:
-    """As `compile(jit_compile=…)` has it, or else as its layers have."""
+def _can_be_compiled(model: Any, gathered: Sequence[Any]) -> bool:
+    """As `compile(jit_compile=…)` has it, or else as its layers have, but for those that gather."""
     asked = getattr(model, "_jit_compile", None)
-    if asked is None:
-        return all(layer.supports_jit for layer in model._flatten_layers())
-    return bool(asked)
+    if asked is not None:
+        return bool(asked)
+    ours = {id(variable) for variable in gathered}
+    return all(
+        layer.supports_jit or id(getattr(layer, "gathered", None)) in ours
+        for layer in model._flatten_layers()
+    )

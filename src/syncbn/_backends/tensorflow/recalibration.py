@@ -11,6 +11,7 @@ import tensorflow as tf
 from keras.src.backend.tensorflow.trainer import TFEpochIterator
 
 from syncbn._backends.tensorflow import collectives
+from syncbn._backends.tensorflow.tracing import traced_apart
 from syncbn.errors import WorkerError
 
 __all__ = ["moments_dtype", "scope", "vectors"]
@@ -27,9 +28,7 @@ def moments_dtype(model: Any) -> str:
         return str(collectives.moments_dtype().name)
 
 
-def vectors(
-    model: Any, data: Any, gathered: Sequence[Any], steps: int | None
-) -> Iterator[Any]:
+def vectors(model: Any, data: Any, gathered: Sequence[Any], steps: int | None) -> Iterator[Any]:
     """What was gathered in each step, all variables in one vector; the same on every replica.
 
     Args:
@@ -53,7 +52,7 @@ def vectors(
             with strategy.scope():
                 try:
                     vector = step(iterator).numpy()
-                except tf.errors.OutOfRangeError:
+                except (tf.errors.OutOfRangeError, StopIteration):  # the latter without a graph
                     return
                 except tf.errors.UnavailableError as error:
                     raise WorkerError(
@@ -68,11 +67,16 @@ def vectors(
 
 
 def _step(model: Any, gathered: Sequence[Any], strategy: Any) -> Any:
+    # Functions that users' layers compile would else be what was traced of them in inference, with
+    # layers that do not gather, and inference afterwards what is traced here. On several replicas
+    # layers refuse to be in any.
+    apart = traced_apart if strategy.num_replicas_in_sync == 1 else contextlib.nullcontext
+
     def of_replica(batch: Any) -> Any:
         x, _, _ = keras.utils.unpack_x_y_sample_weight(batch)
         for variable in gathered:
             variable.assign(tf.zeros_like(variable.value))
-        with _traced_by_itself():
+        with apart():
             model(x, training=False)
         return tf.concat([tf.reshape(variable.value, (-1,)) for variable in gathered], axis=0)
 
@@ -83,23 +87,3 @@ def _step(model: Any, gathered: Sequence[Any], strategy: Any) -> Any:
     if getattr(model, "run_eagerly", False):
         return of_all
     return tf.function(of_all, autograph=False, reduce_retracing=True)
-
-
-@contextlib.contextmanager
-def _traced_by_itself() -> Iterator[None]:
-    """A context in which functions that users' layers have compiled are traced for us alone.
-
-    Else TensorFlow would take what it traced of such a `tf.function` in inference, with layers that
-    do not gather; and inference afterwards what it traced here. That they differ it is told by a
-    device function, of which each is another to it.
-    """
-    if not tf.executing_eagerly():
-        with tf.compat.v1.device(lambda operation: operation.device):
-            yield
-        return
-    before = tf.config.functions_run_eagerly()
-    tf.config.run_functions_eagerly(True)
-    try:
-        yield
-    finally:
-        tf.config.run_functions_eagerly(before)

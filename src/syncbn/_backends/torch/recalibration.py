@@ -30,9 +30,7 @@ def moments_dtype(model: Any) -> str:
     return str(collectives.moments_dtype(device)).removeprefix("torch.")
 
 
-def vectors(
-    model: Any, data: Any, gathered: Sequence[Any], steps: int | None
-) -> Iterator[Any]:
+def vectors(model: Any, data: Any, gathered: Sequence[Any], steps: int | None) -> Iterator[Any]:
     """What was gathered in each step, all variables in one vector; the same in every process.
 
     Args:
