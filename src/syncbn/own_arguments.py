@@ -120,8 +120,11 @@ class OwnArguments:
         outputs, union = backend.normalize(
             batch, self._scheme(), functools.partial(affine_of, self)
         )
-        move_statistics(self, union)
+        self._follow(union)
         return outputs
+
+    # How the moving statistics follow a batch; recalibration does something else with its moments.
+    _follow = move_statistics
 
 
 _PLAIN_ARGUMENTS = (

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+from collections.abc import Iterable
 from typing import Any
 
 import keras
@@ -16,7 +17,7 @@ import keras
 from syncbn.conversion.arguments import TO_PLAIN, TO_SYNCHRONIZED
 from syncbn.conversion.plan import Replacement
 
-__all__ = ["forget_compiled", "switch"]
+__all__ = ["forget_compiled", "specialize", "switch"]
 
 # Values of a layer that its constructor alone decides, so that two can be compared.
 _PLAIN = (bool, int, float, str, type(None), tuple, list, dict, set, inspect.Signature)
@@ -59,6 +60,19 @@ def switch(replacements: tuple[Replacement, ...]) -> contextlib.ExitStack:
     except BaseException:
         undo.close()
         raise
+    return undo
+
+
+def specialize(layers: Iterable[Any], subclass: type) -> contextlib.ExitStack:
+    """Make each layer one of a subclass of its own class, with the attributes that it has.
+
+    Returns:
+        Whose `close()` makes them what they were, their attributes too.
+    """
+    undo = contextlib.ExitStack()
+    for layer in layers:
+        undo.callback(_Undo(layer))
+        object.__setattr__(layer, "__class__", subclass)
     return undo
 
 
