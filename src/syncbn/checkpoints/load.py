@@ -35,34 +35,20 @@ def load_weights(
     part: str | None = None,
     partial: bool = False,
 ) -> LoadReport:
-    """Load the weights of a checkpoint of the past into a model of Keras 3, on any backend.
+    """Load a checkpoint of the past into a model of Keras 3, on any backend; all or nothing.
 
     The model is made anew by its code of today, with SyncBatchNormalization or plain
-    BatchNormalization, whichever the file had. Names of layers may have other numbers than in the
-    file. Every layer with weights on either side must have its own on the other, of its kind and
-    shapes: all is compared before anything is assigned, and what does not fit is one error. Values
-    come bit for bit. Nothing in a file is executed.
-
-    Formats, told by content:
-        `.keras` of Keras 2.12 to 3; HDF5 of Keras 1 to 3, of a whole model or of weights;
-        `.weights.h5` of both layouts; TensorFlow 2's checkpoints of `save_weights`,
-        `tf.train.Checkpoint` and SavedModel (needs TensorFlow, also where Keras runs on another
-        backend); torch's `state_dict`, as a mapping, `.pt`/`.pth` (needs torch; no pickled
-        objects) or `.safetensors`.
-
-    Of torch's modules, `names` gives the prefix for every layer: `{"stem_norm": "layer1.bn"}`.
-    BatchNorm and SyncBatchNorm: weight, bias, running_mean, running_var and, for `momentum=None`,
-    num_batches_tracked. Linear, Conv, ConvTranspose (transposed to Keras's order), Embedding,
-    LayerNorm and GroupNorm too. torch's `running_var` is of the unbiased variance, n/(n − 1) of
-    Keras's, and is loaded as it is: `unbiased_moving_variance=True` goes on with it. Its momentum
-    is 1 − Keras's, and its default epsilon 1e-5, Keras's 1e-3; a `state_dict` has neither.
+    BatchNormalization, whichever the file had; numbers in names of layers may differ. Every layer
+    with weights on either side needs its own on the other, of its kind and shapes. Values come bit
+    for bit. Nothing in a file is executed. The formats, and what torch's differ in:
+    `syncbn.checkpoints` and docs/checkpoints.md.
 
     Args:
         model: a built `keras.Model`: functional, sequential, nested, subclassed.
-        path: the file, the prefix of a TensorFlow checkpoint or its folder, a SavedModel's folder;
-            or a mapping from names to tensors or arrays, a `state_dict`.
+        path: a file, a TensorFlow checkpoint's prefix or folder, a SavedModel's folder; or a
+            `state_dict`, a mapping from names to tensors.
         names: layers of the model, by name or path (`backbone/bn`), to those of the file, by path
-            or name; the rest is matched as without. Required for torch, for every layer.
+            or name; the rest is matched as without. For torch the prefix of every layer's module.
         by: "place" to match by the position in the model alone, "name" by the names; by default
             both are tried, and must agree where both fit.
         part: of a `tf.train.Checkpoint(model=…, ema=…)` the name of the object to load.
@@ -72,19 +58,14 @@ def load_weights(
         What was restored from where, what of the file was left out, notes.
 
     Raises:
-        InputError: a file that is none of these; layers that do not fit or cannot be told apart;
-            arguments that cannot be. The model is as it was.
+        InputError: no such format; layers that do not fit or cannot be told apart; arguments that
+            cannot be. The model is as it was.
         FileNotFoundError: there is nothing at the path.
         ModuleNotFoundError: TensorFlow or torch is needed to read the file, and not there.
 
     Warns:
         CheckpointWarning: once, where the file does not say whether its batch normalizations were
-            synchronized (Keras 2 lost `synchronized=True` on saving), or where epsilon or axis
-            differ from the file's; all of it is in the report's `notes` too.
-
-    Examples:
-        >>> report = syncbn.load_weights(model, "resnet_tf215.h5")
-        >>> print(report.summary())
+            synchronized (Keras 2 lost it on saving), or other arguments differ from the file's.
     """
     _check_arguments(names, by, partial)
     slots = slots_of(model)
@@ -94,18 +75,21 @@ def load_weights(
     else:
         readings = _read(Path(os.fspath(path)), part)
         saved, pairs = _matched(model, slots, readings, chosen, by, partial)
+    return _restore(path, slots, saved, pairs)
+
+
+def _restore(path: Any, slots: tuple[Slot, ...], saved: Saved, pairs: list[Pair]) -> LoadReport:
     notes, urgent = notes_on(saved, pairs)
     left = (*saved.left_out, *_unused(saved, pairs))
     notes += _assign(pairs)
     if urgent:
-        warnings.warn(" ".join(urgent), CheckpointWarning, stacklevel=2)
-    restored = tuple(Restored(p.slot.path, p.layer.path, tuple(p.arrays)) for p in pairs)
+        warnings.warn(" ".join(urgent), CheckpointWarning, stacklevel=3)
     untouched = {slot.path for slot in slots} - {pair.slot.path for pair in pairs}
     return LoadReport(
         "a state_dict" if isinstance(path, Mapping) else str(path),
         saved.format,
         saved.keras_version,
-        restored,
+        tuple(Restored(p.slot.path, p.layer.path, tuple(p.arrays)) for p in pairs),
         left,
         tuple(sorted(untouched)),
         (*urgent, *notes),

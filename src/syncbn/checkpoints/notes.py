@@ -20,8 +20,10 @@ def notes_on(saved: Saved, pairs: Sequence[Pair]) -> tuple[list[str], list[str]]
     any other. Weights without a configuration have at most the names that Keras gave by itself.
     """
     norms = [pair for pair in pairs if is_batch_normalization(pair.slot.layer)]
-    if saved.format.startswith("torch") or not norms:
+    if not norms:
         return [], []
+    if saved.format.startswith("torch"):
+        return _of_torch(norms)
     unknown = [pair for pair in norms if _synchronized(pair) is None]
     were = [pair for pair in norms if _synchronized(pair)]
     urgent = [*_lost(saved, unknown), *_local_now(were), *_other_arguments(norms)]
@@ -90,3 +92,23 @@ def _other_arguments(norms: list[Pair]) -> list[str]:
         f"In {len(paths)} layers {text}: {', '.join(paths[:3])}{' …' if len(paths) > 3 else ''}."
         for text, paths in found.items()
     ]
+
+
+def _of_torch(norms: list[Pair]) -> tuple[list[str], list[str]]:
+    """What a `state_dict` of batch normalizations means other than Keras, and lacks."""
+    notes = [
+        f"The moving variances of {len(norms)} layers are torch's, unbiased: n / (n - 1) times "
+        "Keras's. They are loaded as they are; unbiased_moving_variance=True goes on with them. "
+        "torch's momentum is 1 - Keras's."
+    ]
+    default = [p.slot.path for p in norms if float(p.slot.layer.epsilon) == _KERAS_EPSILON]
+    if not default:
+        return notes, []
+    return notes, [
+        f"{len(default)} layers have Keras's default epsilon of {_KERAS_EPSILON:g}, where torch's "
+        "is 1e-5, and a state_dict has none: outputs differ unless the modules were made with it: "
+        f"{', '.join(default[:3])}{' …' if len(default) > 3 else ''}."
+    ]
+
+
+_KERAS_EPSILON = 1e-3
