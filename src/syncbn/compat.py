@@ -27,17 +27,6 @@ _LAYERS = ("keras.layers", "keras._tf_keras.keras.layers", "tensorflow.keras.lay
 _MISSING = object()
 
 
-class _OldLayer(SyncBatchNormalization):
-    """Makes the layer from an old file's configuration: there `axis` is a list of one."""
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> SyncBatchNormalization:
-        axis = config.get("axis", -1)
-        if isinstance(axis, (list, tuple)) and len(axis) == 1:
-            config = {**config, "axis": axis[0]}
-        return SyncBatchNormalization.from_config(config)
-
-
 class Installed:
     """The old name is there; a context manager whose end takes it away, as `uninstall()` does.
 
@@ -68,7 +57,7 @@ class Installed:
         places += [sys.modules[_LAYERS[2]]] if _LAYERS[2] in sys.modules else []
         taken = [place.__name__ for place in places if _conflict(place)]
         objects = keras.saving.get_custom_objects()
-        if objects.get(_NAME, SyncBatchNormalization) not in (SyncBatchNormalization, _OldLayer):
+        if objects.get(_NAME, SyncBatchNormalization) is not SyncBatchNormalization:
             taken.append("keras.saving.get_custom_objects()")
         if taken:
             raise RepairError(
@@ -84,7 +73,7 @@ class Installed:
             self._set(sys.modules, f"{place.__name__}.experimental", module)
         # `from tensorflow.keras.layers.experimental import …` looks here, whenever it is said.
         self._set(sys.modules, f"{_LAYERS[2]}.experimental", module)
-        self._set(objects, _NAME, _OldLayer)
+        self._set(objects, _NAME, SyncBatchNormalization)
 
     def _set(self, place: Any, name: str, value: Any) -> None:
         before = place.get(name, _MISSING)

@@ -303,7 +303,13 @@ class SyncBatchNormalization(OwnArguments, keras.layers.BatchNormalization):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> SyncBatchNormalization:
-        """The layer of a configuration, also of one that a `BatchNormalization` has given."""
+        """The layer of a configuration, also of one that a `BatchNormalization` has given.
+
+        Keras 2 wrote `axis` as a list of one.
+        """
+        axis = config.get("axis", -1)
+        if isinstance(axis, (list, tuple)) and len(axis) == 1:
+            config = {**config, "axis": axis[0]}
         layer: SyncBatchNormalization = super().from_config(
             {name: value for name, value in config.items() if name != "synchronized"}
         )

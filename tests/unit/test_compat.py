@@ -84,7 +84,7 @@ def test_another_object_of_the_name_is_not_overwritten(monkeypatch):
         SyncBatchNormalization = int
 
     monkeypatch.setattr(keras.layers, "experimental", Other, raising=False)
-    with pytest.raises(RepairError, match="another object of this name in keras.layers"):
+    with pytest.raises(RepairError, match=r"another object of this name in keras\.layers"):
         compat.install()
     assert Other.SyncBatchNormalization is int
     assert not hasattr(tf.keras.layers, "experimental")
