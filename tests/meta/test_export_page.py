@@ -1,4 +1,4 @@
-"""docs/export.md is true: its program prints what the page says, and says the line that it shows."""
+"""docs/export.md is true: its program prints what the page says, on both streams."""
 
 import re
 import subprocess
