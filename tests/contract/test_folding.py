@@ -135,7 +135,10 @@ def test_time_distributed_normalization_and_models_fold_too():
     frame = keras.Input((6, 4))
     frames = keras.Model(frame, norm(axis=-1)(layers.Conv1D(3, 2)(frame)))
     x = keras.Input((5, 6, 4))
-    y = layers.TimeDistributed(frames, name="frames")(x)
+    try:
+        y = layers.TimeDistributed(frames, name="frames")(x)
+    except NotImplementedError:
+        pytest.skip("Keras 3.0 has no models in TimeDistributed")
     y = layers.TimeDistributed(norm(axis=1))(
         layers.TimeDistributed(layers.Conv1D(5, 2, **FIRST))(y)
     )

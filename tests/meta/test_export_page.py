@@ -1,4 +1,4 @@
-"""docs/export.md is true: its program prints what the page says, on both streams."""
+"""docs/export.md is true: its program prints what the page says, and the line that it shows."""
 
 import re
 import subprocess
