@@ -8,12 +8,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from syncbn.conversion.arguments import TO_PLAIN, TO_SYNCHRONIZED
+from syncbn.conversion.in_place import forget_compiled, switch
 from syncbn.conversion.plan import ConversionPlan, Custom, Left, Replacement, plan
-from syncbn.conversion.switch import forget_compiled, switch
 from syncbn.errors import InputError
 
 __all__ = [
     "ConversionPlan",
+    "Custom",
     "Left",
     "Replacement",
     "convert",

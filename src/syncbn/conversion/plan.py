@@ -199,7 +199,7 @@ def _check_custom(made: Any, layer: Any, direction: Direction) -> None:
         found = ", ".join(different)
     if found:
         raise InputError(
-            f"`custom` requires to return a new {wanted} with weights as those of the layer that it "
-            f"is given, or None to leave that as it is. Received: {found}, for the layer {layer.name!r} of "
-            f"class {type(layer).__name__}. Make one with the arguments of the layer."
+            f"`custom` requires to return a new {wanted} with weights as those of the layer that "
+            f"it is given, or None to leave that. Received: {found}, for the layer {layer.name!r} "
+            f"of class {type(layer).__name__}. Make one with the arguments of the layer."
         )

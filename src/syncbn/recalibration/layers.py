@@ -13,8 +13,8 @@ from keras import ops
 from syncbn._backends.interface import Scheme
 from syncbn._keras import xp
 from syncbn.conversion.arguments import TO_SYNCHRONIZED, arguments_of
+from syncbn.conversion.in_place import specialize, switch
 from syncbn.conversion.plan import Replacement, batch_normalizations
-from syncbn.conversion.switch import specialize, switch
 from syncbn.layer import SyncBatchNormalization
 from syncbn.moments import Moments, merge
 

@@ -88,8 +88,10 @@ def _become(layer: Any, made: Any) -> None:
     for name in set(old) - set(new):
         attributes.pop(name, None)
     # Of the base class's arguments these stay, and with them what is made of them.
-    arguments = {*inspect.signature(type(made).__init__).parameters} - {"name"}
+    arguments = inspect.signature(type(made).__init__).parameters
     for name, value in new.items():
+        if name == "name":
+            continue
         differs = isinstance(value, _PLAIN) and (name in arguments or value != old.get(name))
         if name not in old or differs:
             attributes[name] = value
