@@ -86,7 +86,7 @@ def recalibrating(found: Sequence[Found], dtype: str, scope: Any) -> Iterator[li
 
 
 def _zeros(channels: int, dtype: str) -> Any:
-    return keras.Variable(np.zeros((3, channels)), dtype=dtype, trainable=False, autocast=False)
+    return keras.Variable(np.zeros((3, channels)), dtype=dtype, trainable=False)
 
 
 def _replacement(one: Found) -> Replacement:
