@@ -108,7 +108,7 @@ class _Recalibrating(SyncBatchNormalization):
         return super().call(inputs, training=True, mask=mask, weights=weights)
 
     def _follow(self, union: Moments) -> None:
-        dtype = self.gathered.dtype
+        dtype = union.mean.dtype
         before = ops.cast(self.gathered, dtype)
         channels = before.shape[1:]
         batch = Moments(*(ops.broadcast_to(ops.cast(v, dtype), channels) for v in union))
