@@ -127,7 +127,7 @@ def test_slots_of_the_optimizer_are_named_in_the_report(fixtures):
 def test_a_flag_that_keras_2_lost_is_said_once(fixtures, file):
     model, _ = made("flag", keras.layers.BatchNormalization)
     path = fixtures("tf-2.15.1") / f"flag_{file}"
-    with pytest.warns(CheckpointWarning, match="cannot tell whether 3 .* 0 synchronize") as caught:
+    with pytest.warns(CheckpointWarning, match=r"cannot tell whether 3 .* 0 synchronize") as caught:
         report = load_weights(model, path)
     assert len(caught) == 1
     assert str(caught[0].message) == report.notes[0]
@@ -140,7 +140,7 @@ def test_the_old_class_says_that_it_synchronized(fixtures):
         report = load_weights(made("functional")[0], folder / f"functional_{file}")
         assert report.notes == ("3 layers were synchronized in the program that saved them.",)
         plain = made("functional", keras.layers.BatchNormalization)[0]
-        with pytest.warns(CheckpointWarning, match="3 layers were synchronized .* are not"):
+        with pytest.warns(CheckpointWarning, match=r"3 layers were synchronized .* are not"):
             load_weights(plain, folder / f"functional_{file}")
 
 
@@ -172,7 +172,7 @@ def test_a_layer_too_many_on_either_side_is_named(fixtures, file):
     with pytest.raises(InputError, match="extra, in the model alone"):
         load_weights(more, path)
     fewer = keras.Model(model.inputs, parts["left_norm"].output)
-    with pytest.raises(InputError, match="(head|dense|weights-6).*, in the file alone"):
+    with pytest.raises(InputError, match=r"(head|dense|weights-6).*, in the file alone"):
         load_weights(fewer, path)
 
 
@@ -196,7 +196,7 @@ def test_two_ways_that_differ_are_an_error_until_one_is_chosen(fixtures, file):
     path = fixtures("tf-2.15.1") / f"functional_{file}"
     model, parts = swapped()
     before = state_of(model)
-    with pytest.raises(InputError, match="can be told apart.*differ in") as error:
+    with pytest.raises(InputError, match=r"can be told apart.*differ in") as error:
         # The stem has another shape than the branches, which alone fit both ways.
         load_weights(model, path, names=names_of(parts, "stem", "stem_norm"))
     assert unchanged(model, before)
@@ -239,7 +239,7 @@ def test_a_checkpoint_of_two_models_asks_which(tmp_path):
         load_weights(one, path)
     load_weights(one, path, part="net")
     assert one.weights[0].numpy().tolist() == [[2.0], [2.0]]
-    with pytest.raises(InputError, match="There are: .*'ema'"):
+    with pytest.raises(InputError, match=r"There are: .*'ema'"):
         load_weights(two, path, part="model")
     # The folder stands for its latest checkpoint.
     load_weights(two, tmp_path, part="ema")
@@ -256,7 +256,7 @@ def test_nothing_outside_of_the_file_is_read(tmp_path):
         load_weights(model, tmp_path / "linked.weights.h5")
     with zipfile.ZipFile(tmp_path / "pickled.keras", "w") as archive:
         archive.writestr("model.weights.npz", b"pickle")
-    with pytest.raises(InputError, match="pickles, which are not loaded"):
+    with pytest.raises(InputError, match=r"pickles, which are not loaded"):
         load_weights(model, tmp_path / "pickled.keras")
 
 
