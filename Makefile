@@ -33,7 +33,7 @@ $(READY): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "$(PYTHON) has no venv module:" \
 		"install it (on Debian and Ubuntu: apt install python3-venv)"; exit 1; }
 	$(PYTHON) -m venv --clear .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
 		--no-build-isolation --no-deps --editable .
 	@touch $@
@@ -52,6 +52,7 @@ test: lint types
 	KERAS_BACKEND=tensorflow $(PYTEST)
 	KERAS_BACKEND=jax $(PYTEST) tests/contract tests/jax
 	KERAS_BACKEND=torch $(PYTEST) tests/contract tests/torch
+	SYNCBN_KERAS=tf_keras KERAS_BACKEND=tensorflow $(PYTEST) tests/contract tests/tf_keras
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -86,6 +87,8 @@ test-frameworks: $(READY)
 	$(BIN)/python tests/frameworks.py
 	SYNCBN_EVERY_CASE=1 KERAS_BACKEND=jax $(PYTEST) $(EVERY) tests/contract tests/jax
 	SYNCBN_EVERY_CASE=1 KERAS_BACKEND=torch $(PYTEST) $(EVERY) tests/contract tests/torch
+	SYNCBN_EVERY_CASE=1 SYNCBN_KERAS=tf_keras KERAS_BACKEND=tensorflow $(PYTEST) $(EVERY) \
+		tests/contract tests/tf_keras
 	KERAS_BACKEND=tensorflow $(BIN)/python -m pytest -m frameworks tests/meta
 
 test-scenarios: $(READY)
@@ -96,13 +99,15 @@ test-versions: $(READY)
 	$(BIN)/python tests/versions.py
 
 # Of torch a registry may have a build for CPUs alone (`+cpu`), which elsewhere has no such name.
-# TensorFlow's CPU build exists for x86-64 alone; elsewhere the ordinary one is as small.
+# TensorFlow's CPU build exists for x86-64 alone; elsewhere the ordinary one is as small. tf_keras asks
+# for the ordinary one everywhere, which the lock therefore leaves out, and is installed `--no-deps`.
 lock: $(READY)
 	$(BIN)/python -m pip install --quiet pip-tools
 	$(BIN)/pip-compile --quiet --upgrade --extra train --strip-extras --allow-unsafe \
 		--no-emit-index-url --no-emit-trusted-host --no-emit-find-links --no-annotate --no-header \
 		--output-file requirements.lock pyproject.toml requirements.in
 	awk '{ sub(/^torch==[^+]*\+cpu/, substr($$0, 1, index($$0, "+") - 1)) } \
+		/^tensorflow==/ { next } \
 		/^tensorflow-cpu==/ { \
 			print $$0 " ; platform_machine in \"x86_64 AMD64\""; sub("-cpu", ""); \
 			print $$0 " ; platform_machine not in \"x86_64 AMD64\""; next } \

@@ -1,7 +1,7 @@
 """One of Keras's backends for the whole run: virtual devices, and the mutant that is asked for.
 
 By KERAS_BACKEND. `tests/contract` is every backend's, and the folder of its name is its own; all
-the rest is TensorFlow's, which is the default.
+the rest is TensorFlow's, which is the default. With SYNCBN_KERAS=tf_keras it is tf_keras's run.
 """
 
 import collections
@@ -16,42 +16,52 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 import hypothesis
 import pytest
 
+from tests.which_keras import TF_KERAS
+
 BACKEND = os.environ["KERAS_BACKEND"]
 
 hypothesis.settings.register_profile(
     "contract",
     deadline=None,
     derandomize=True,
-    # JAX compiles each example, for a second.
-    max_examples=int(os.environ.get("SYNCBN_EXAMPLES", "4" if BACKEND == "jax" else "20")),
+    # JAX compiles each example, for a second; with tf_keras the kernels are TensorFlow's again.
+    max_examples=int(
+        os.environ.get("SYNCBN_EXAMPLES", "4" if BACKEND == "jax" or TF_KERAS else "20")
+    ),
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile("contract")
 
 
 _FOLDERS = {"jax": ("contract", "jax"), "torch": ("contract", "torch")}
+_OF_KERAS_3 = ("test_conversion.py",)
 _TENSORFLOW = ("cli", "contract", "meta", "multiprocess", "tensorflow", "unit")
 
 
 def pytest_ignore_collect(collection_path):
     """Whether a folder of tests is not this backend's."""
     folder = collection_path.relative_to(Path(__file__).parent).parts[:1]
-    return None if not folder or folder[0] in _FOLDERS.get(BACKEND, _TENSORFLOW) else True
+    if TF_KERAS and collection_path.name in _OF_KERAS_3:
+        return True
+    own = ("contract", "tf_keras") if TF_KERAS else _FOLDERS.get(BACKEND, _TENSORFLOW)
+    return None if not folder or folder[0] in own else True
 
 
 def pytest_collection_modifyitems(config, items):
     """On JAX and torch every third case of each test, the first among them: TensorFlow runs all.
 
     Every claim is tested on every backend in the time of `make test`; SYNCBN_EVERY_CASE=1, as
-    `make test-frameworks` has it, runs all cases there too.
+    `make test-frameworks` has it, runs all cases there too. With tf_keras, on TensorFlow's own
+    kernels again, every fourth.
     """
-    if BACKEND not in _FOLDERS or os.environ.get("SYNCBN_EVERY_CASE"):
+    step = 4 if TF_KERAS else 3 if BACKEND in _FOLDERS else 1
+    if step == 1 or os.environ.get("SYNCBN_EVERY_CASE"):
         return
     seen = collections.Counter()
     kept, left_out = [], []
     for item in items:
         test = item.nodeid.split("[")[0]
-        (left_out if seen[test] % 3 else kept).append(item)
+        (left_out if seen[test] % step else kept).append(item)
         seen[test] += 1
     items[:] = kept
     config.hook.pytest_deselected(items=left_out)

@@ -7,11 +7,21 @@ import tensorflow as tf
 from tests.replicas.tensorflow import per_replica, strategy_for
 
 
+def operations_in(graph):
+    """Every operation in a GraphDef, and in the functions of its library."""
+    nodes = [*graph.node, *(node for f in graph.library.function for node in f.node_def)]
+    return [node.op for node in nodes]
+
+
 def collectives_of(function, *arguments):
     """Every collective in the graph of the function, and of the functions it calls."""
     graph = function.get_concrete_function(*arguments).graph.as_graph_def(add_shapes=True)
     nodes = [*graph.node, *(node for f in graph.library.function for node in f.node_def)]
-    return [node for node in nodes if node.op.startswith(("Collective", "Nccl"))]
+    return [node for node in nodes if is_collective(node.op)]
+
+
+def is_collective(operation):
+    return operation.startswith(("Collective", "Nccl"))
 
 
 def traced(replicas, run_step, case):

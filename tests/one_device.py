@@ -9,6 +9,7 @@ import keras
 import numpy as np
 
 from tests.harness import numbers
+from tests.which_keras import framework_variable
 
 
 def precision(policy: str) -> Any:
@@ -38,7 +39,7 @@ def step(
 def _tensorflow(layer: Any, weights: Any, x: Any, dy: Any, call_arguments: Any) -> list[Any]:
     import tensorflow as tf
 
-    x, values = tf.constant(x), [weight.value for weight in weights]
+    x, values = tf.constant(x), [framework_variable(weight) for weight in weights]
     with tf.GradientTape() as tape:
         tape.watch([x, *values])
         y = layer(x, **call_arguments)

@@ -19,6 +19,7 @@ __all__ = [
     "data_adapter",
     "excludes_from_autocast",
     "in_symbolic_scope",
+    "knows_renorm",
     "without_autocast",
     "xp",
 ]
@@ -106,6 +107,11 @@ def in_symbolic_scope() -> bool:
     except ImportError:  # Keras before 3.5
         from syncbn._backends.tensorflow.graphs import in_shape_inference as keras_answer
     return bool(keras_answer())
+
+
+def knows_renorm() -> bool:
+    """Whether Keras's BatchNormalization renormalizes: it does since 3.13."""
+    return "renorm" in inspect.signature(keras.layers.BatchNormalization.__init__).parameters
 
 
 def without_autocast() -> Any:

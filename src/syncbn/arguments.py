@@ -74,23 +74,27 @@ def saved_process_group(group: Any) -> list[int]:
     return ranks
 
 
-def activation_function(activation: Any) -> Any:
+def activation_function(activation: Any, activations: Any = keras.activations) -> Any:
     """Keras's function of that name, None for the identity.
 
     Only Keras's own: the backward computes it again, and of one that draws random numbers or reads
     variables it would be another.
+
+    Args:
+        activation: its name, or the function itself.
+        activations: all that there are, by name.
     """
     if activation in (None, "linear", "identity"):
         return None
     name = getattr(activation, "__name__", activation)
-    function = getattr(keras.activations, name, None) if isinstance(name, str) else None
+    function = getattr(activations, name, None) if isinstance(name, str) else None
     if function is None or name in _NO_ACTIVATIONS or activation not in (name, function):
         raise InputError(
             "activation requires the name of an activation of Keras, as 'relu', or None. "
             f"Received: activation={activation!r}. Put anything else behind this layer, as a layer "
             "of its own."
         )
-    return None if function is keras.activations.linear else function
+    return None if function is activations.linear else function
 
 
 # Of keras.activations: functions about activations, one that changes the shape, one that needs more
@@ -114,7 +118,7 @@ def checked_save(save: Any, activation: Any, virtual_batch_size: Any, grouped_re
         )
     if save == "input":
         return "input"
-    if activation is not None and activation is not keras.activations.leaky_relu:
+    if activation is not None and activation.__name__ != "leaky_relu":
         raise InputError(
             'save="output" requires an activation whose result gives back its argument with all '
             f'digits: "leaky_relu" or None. Received: activation={activation.__name__!r}. Where it '
@@ -140,7 +144,8 @@ def negative_slope(activation: Any) -> float:
     """The slope below 0 of an activation that `checked_save` allows."""
     if activation is None:
         return 1.0
-    return float(inspect.signature(activation).parameters["negative_slope"].default)
+    (slope,) = list(inspect.signature(activation).parameters.values())[1:2]
+    return float(slope.default)
 
 
 def checked_renorm_momentum(momentum: Any) -> Any:

@@ -30,17 +30,6 @@ _OF_TENSORFLOW = "tensorflow.keras.layers"
 _MISSING = object()
 
 
-class _OldLayer(SyncBatchNormalization):
-    """Makes the layer from an old file's configuration: there `axis` is a list of one."""
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> SyncBatchNormalization:
-        axis = config.get("axis", -1)
-        if isinstance(axis, (list, tuple)) and len(axis) == 1:
-            config = {**config, "axis": axis[0]}
-        return SyncBatchNormalization.from_config(config)
-
-
 class Installed:
     """The old name is there; a context manager whose end takes it away, as `uninstall()` does.
 
@@ -71,7 +60,7 @@ class Installed:
         places = [importlib.import_module(name) for name in names]
         taken = [place.__name__ for place in places if _conflict(place)]
         objects = keras.saving.get_custom_objects()
-        if objects.get(_NAME, SyncBatchNormalization) not in (SyncBatchNormalization, _OldLayer):
+        if objects.get(_NAME, SyncBatchNormalization) is not SyncBatchNormalization:
             taken.append("keras.saving.get_custom_objects()")
         if taken:
             raise RepairError(
@@ -85,7 +74,7 @@ class Installed:
                 self._set(place.__dict__, "experimental", module)
             self._set(module.__dict__, _NAME, SyncBatchNormalization)
             self._set(sys.modules, f"{place.__name__}.experimental", module)
-        self._set(objects, _NAME, _OldLayer)
+        self._set(objects, _NAME, SyncBatchNormalization)
 
     def _set(self, place: Any, name: str, value: Any) -> None:
         before = place.get(name, _MISSING)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,7 +9,6 @@ import keras
 from keras import ops
 
 from syncbn import _backends
-from syncbn._backends.interface import Batch, KeptOutput, Scheme
 from syncbn._keras import (
     aggregates_assignments,
     casts_arrays_unasked,
@@ -20,26 +18,18 @@ from syncbn._keras import (
     without_autocast,
 )
 from syncbn.arguments import (
-    activation_function,
     checked_axis_name,
-    checked_renorm_momentum,
-    checked_save,
-    checked_virtual_batch_size,
-    negative_slope,
     refuse_synchronized,
     saved_process_group,
 )
-from syncbn.groups import Grouping
-from syncbn.moving import add_renorm_weights, move_statistics
-from syncbn.renorm import Clipping
-from syncbn.variables import affine_of, state_of
-from syncbn.weighting import check_values, element_weights
+from syncbn.moving import add_renorm_weights
+from syncbn.own_arguments import OwnArguments
 
 __all__ = ["SyncBatchNormalization"]
 
 
 @keras.saving.register_keras_serializable(package="syncbn")
-class SyncBatchNormalization(keras.layers.BatchNormalization):
+class SyncBatchNormalization(OwnArguments, keras.layers.BatchNormalization):
     """Batch normalization by the statistics of the whole global batch of all replicas.
 
     In training, on every replica (TensorFlow, JAX, torch: see Strategies),
@@ -212,37 +202,6 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
         self.process_group = process_group
         self._set_kernel(activation, nan_check, save)
 
-    def _set_moving(self, momentum: float | None, unbiased: bool) -> None:
-        self.momentum = None if momentum is None else float(momentum)
-        self.unbiased_moving_variance = unbiased
-
-    def _set_renorm(
-        self, renorm: bool, clipping: Mapping[str, float] | None, momentum: float
-    ) -> None:
-        """Not by the base class: Keras knows it since 3.13 only, and its errors name no values."""
-        self._clipping = Clipping.of(clipping if renorm else None)
-        self.renorm = renorm
-        self.renorm_clipping = dict(clipping or {}) if renorm else clipping
-        self.renorm_momentum = checked_renorm_momentum(momentum)
-
-    def _set_groups(
-        self, size: int | None, assignment: Sequence[Sequence[int]] | None, virtual: int | None
-    ) -> None:
-        self.virtual_batch_size = checked_virtual_batch_size(
-            virtual, group_size=size, group_assignment=assignment, renorm=self.renorm or None
-        )
-        self._grouping = Grouping.of(size, assignment)
-        self.group_size = self._grouping.size
-        self.group_assignment = assignment and [list(group) for group in assignment]
-
-    def _set_kernel(self, activation: Any, nan_check: bool, save: str) -> None:
-        self.activation = activation_function(activation)
-        self.nan_check = nan_check
-        grouped_renorm = self.renorm and self._grouping != Grouping()
-        self.save = checked_save(save, self.activation, self.virtual_batch_size, grouped_renorm)
-        # XLA leaves assertions out. So `compile(jit_compile="auto")` does not choose it.
-        self.supports_jit = not self.nan_check and save == "input"
-
     def build(self, input_shape: Any) -> None:
         """Make the weights: Keras's, in its order, then those of this layer's own arguments."""
         super().build(input_shape)
@@ -320,38 +279,9 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
         if not (training and self.trainable) or in_symbolic_scope():
             outputs = super().call(inputs, training=False, mask=mask)
             return outputs if self.activation is None else self.activation(outputs)
-        backend = _backends.get(keras.backend.backend())
-        counts = element_weights(inputs, self.axis, mask, weights)
-        if weights is not None:
-            known = backend.known_value(counts)
-            if known is not None:
-                check_values(known, self.name)
-        if not keras.backend.is_float_dtype(inputs.dtype):
-            inputs = ops.cast(inputs, keras.backend.result_type(inputs.dtype, "float32"))
         with without_autocast():
-            batch = Batch(inputs, self.axis, counts, state_of(self))
-            outputs, union = backend.normalize(
-                batch, self._scheme(), functools.partial(affine_of, self)
-            )
-            move_statistics(self, union)
+            outputs = self._normalize_and_move(inputs, self.axis, mask, weights)
         return ops.cast(outputs, self.compute_dtype)
-
-    def _scheme(self) -> Scheme:
-        return Scheme(
-            self.epsilon,
-            self._grouping,
-            self.virtual_batch_size,
-            self.activation,
-            self.name if self.nan_check else None,
-            self._kept_output(),
-            self.axis_name,
-            self.process_group,
-        )
-
-    def _kept_output(self) -> KeptOutput | None:
-        if self.save == "input":
-            return None
-        return KeptOutput(self.name, negative_slope(self.activation))
 
     def _as_input(self, inputs: Any) -> Any:
         """The inputs as a tensor, in the compute dtype as Keras casts those of any layer."""
@@ -364,33 +294,23 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
         """The constructor's arguments, as Keras serializes them."""
         config: dict[str, Any] = super().get_config()
         config.pop("synchronized", None)
-        config |= {name: getattr(self, name) for name in _PLAIN_ARGUMENTS}
-        if self.activation is not None:
-            config["activation"] = keras.activations.serialize(self.activation)
+        config |= self._own_config()
+        config["axis_name"] = self.axis_name
+        config["process_group"] = self.process_group
         if self.process_group is not None:
             config["process_group"] = saved_process_group(self.process_group)
         return config
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> SyncBatchNormalization:
-        """The layer of a configuration, also of one that a `BatchNormalization` has given."""
+        """The layer of a configuration, also of one that a `BatchNormalization` has given.
+
+        Keras 2 wrote `axis` as a list of one.
+        """
+        axis = config.get("axis", -1)
+        if isinstance(axis, (list, tuple)) and len(axis) == 1:
+            config = {**config, "axis": axis[0]}
         layer: SyncBatchNormalization = super().from_config(
             {name: value for name, value in config.items() if name != "synchronized"}
         )
         return layer
-
-
-_PLAIN_ARGUMENTS = (
-    "momentum",
-    "renorm",
-    "renorm_clipping",
-    "renorm_momentum",
-    "group_size",
-    "group_assignment",
-    "virtual_batch_size",
-    "unbiased_moving_variance",
-    "activation",
-    "nan_check",
-    "save",
-    "axis_name",
-)

@@ -21,7 +21,15 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-__all__ = ["Moments", "as_divisor", "merge_table", "pack_row", "pack_sums", "unpack_sums"]
+__all__ = [
+    "Moments",
+    "as_divisor",
+    "merge",
+    "merge_table",
+    "pack_row",
+    "pack_sums",
+    "unpack_sums",
+]
 
 
 class Moments(NamedTuple):
@@ -49,6 +57,15 @@ class Moments(NamedTuple):
 def as_divisor(count: Any, xp: Any) -> Any:
     """The count, or something tiny for 0: of an empty set every sum is 0, and stays 0."""
     return xp.maximum(count, 1e-30)
+
+
+def merge(first: Moments, second: Moments, xp: Any) -> Moments:
+    """Moments of the union of two sets, either of which may be empty; by Chan's formula."""
+    count = first.count + second.count
+    share = second.count / as_divisor(count, xp)
+    difference = second.mean - first.mean
+    m2 = first.m2 + second.m2 + difference * difference * (first.count * share)
+    return Moments(count, first.mean + difference * share, m2)
 
 
 def pack_sums(moments: Moments, xp: Any) -> Any:

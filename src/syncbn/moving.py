@@ -25,7 +25,7 @@ def move_statistics(layer: Any, moments: Moments) -> None:
     def move(moving: Any, batch: Any, share: Any) -> Any:
         # Not `old + (batch − old) · share`, which is not the batch where the share is 1.
         moved = ops.cast(moving, dtype) * (1 - share) + batch * share
-        moving.assign(moved)
+        moving.assign(ops.cast(moved, moving.dtype))  # variables of tf_keras do not cast
         return moved
 
     variance = moments.variance(xp)
@@ -42,7 +42,8 @@ def move_statistics(layer: Any, moments: Moments) -> None:
     deviation = move(layer.moving_stddev, ops.sqrt(kept + layer.epsilon), share)
     squared = xp.maximum(deviation * deviation - layer.epsilon, 0.0)
     old = ops.cast(layer.moving_variance, dtype)
-    layer.moving_variance.assign(ops.where(moments.count > 0, squared, old))
+    kept = ops.where(moments.count > 0, squared, old)
+    layer.moving_variance.assign(ops.cast(kept, layer.moving_variance.dtype))
 
 
 def _next_share(layer: Any, any_element: Any) -> Any:

@@ -1,6 +1,5 @@
 """`activation=`: applied inside, in training and in inference."""
 
-import keras
 import numpy as np
 import pytest
 from keras import ops
@@ -8,8 +7,7 @@ from tests.contract.test_features import ROUNDED_BY_KERAS
 from tests.differences import central_differences
 from tests.harness import assert_close, assert_equals_one_device, make_case, numbers, observe
 from tests.oracle import ACTIVATIONS
-
-import syncbn
+from tests.which_keras import SyncBatchNormalization, keras
 
 NAMES = [name for name in ACTIVATIONS if name not in (None, "linear")]
 
@@ -40,8 +38,8 @@ def test_an_activation_in_half_precision(dtype):
 
 def test_in_inference_too():
     x = np.random.default_rng(0).normal(size=(9, 4)).astype("f4")
-    layer = syncbn.SyncBatchNormalization(activation="relu")
-    expected = np.maximum(numbers(syncbn.SyncBatchNormalization()(x, training=False)), 0)
+    layer = SyncBatchNormalization(activation="relu")
+    expected = np.maximum(numbers(SyncBatchNormalization()(x, training=False)), 0)
     np.testing.assert_array_equal(numbers(layer(x, training=False)), expected)
     layer.trainable = False
     np.testing.assert_array_equal(numbers(layer(x, training=True)), expected)
@@ -62,7 +60,7 @@ def test_softmax_which_is_not_elementwise():
 
 @pytest.mark.parametrize("name", [None, "linear", "identity", keras.activations.linear])
 def test_the_identity_is_no_activation(name):
-    assert syncbn.SyncBatchNormalization(activation=name).activation is None
+    assert SyncBatchNormalization(activation=name).activation is None
 
 
 def test_every_activation_of_keras_that_is_one_is_taken():
@@ -72,7 +70,7 @@ def test_every_activation_of_keras_that_is_one_is_taken():
     # JAX compiles each of their operations, for a second an activation: there every fifth runs.
     run = names[:: 5 if keras.backend.backend() == "jax" else 1]
     for name in names:
-        layer = syncbn.SyncBatchNormalization(activation=name)
+        layer = SyncBatchNormalization(activation=name)
         assert type(layer).from_config(layer.get_config()).activation == layer.activation
         for training in (True, False) if name in run else ():
             assert layer(x, training=training).shape == x.shape

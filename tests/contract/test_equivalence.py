@@ -14,8 +14,7 @@ from tests.harness import (
     numbers,
     observe,
 )
-
-import syncbn
+from tests.which_keras import SyncBatchNormalization
 
 TOLERANCE = {"float64": 1e-11, "float32": 2e-6}
 
@@ -70,7 +69,7 @@ def test_channels_that_are_not_last_on_a_replica_without_elements():
 @pytest.mark.parametrize("dtype", ["int32", "uint8", "bool"])
 def test_integers_are_normalized_as_the_numbers_they_are(dtype):
     x = np.array([[1, 0], [0, 1], [1, 1]], dtype)
-    layer = syncbn.SyncBatchNormalization()
+    layer = SyncBatchNormalization()
     expected = (x.astype("f8") - x.mean(0)) / np.sqrt(x.astype("f8").var(0) + 1e-3)
     assert_close("outputs", numbers(layer(x, training=True)), expected, 2e-6)
 
@@ -92,7 +91,7 @@ def test_without_beta_or_gamma(center, scale):
 
 
 def test_inputs_of_rank_one_are_one_element_a_channel():
-    layer = syncbn.SyncBatchNormalization(momentum=0.0)
+    layer = SyncBatchNormalization(momentum=0.0)
     layer.build((3,))
     y = layer.call(ops.convert_to_tensor([1.0, 2.0, 3.0]), training=True)
     np.testing.assert_array_equal(numbers(y), [0] * 3)

@@ -1,9 +1,9 @@
 """Every feature on 1 to 4 replicas, uneven and empty parts, compiled or not, is one device's."""
 
-import keras
 import numpy as np
 import pytest
 from tests.harness import assert_step_equals_one_device, make_case
+from tests.which_keras import keras
 
 TOLERANCE = {"float64": 1e-11, "float32": 2e-6}
 

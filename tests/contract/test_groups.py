@@ -11,6 +11,7 @@ from tests.harness import (
     make_case,
     observe,
 )
+from tests.which_keras import SyncBatchNormalization
 
 import syncbn
 
@@ -59,7 +60,7 @@ def test_what_is_no_partition_of_these_replicas_is_refused_in_training(
     with pytest.raises(syncbn.InputError, match=message):
         observe(case)
     # In inference a model of a cluster serves anywhere.
-    layer = syncbn.SyncBatchNormalization(**arguments)
+    layer = SyncBatchNormalization(**arguments)
     assert layer(case.parts[0], training=False).shape == case.parts[0].shape
 
 
@@ -101,6 +102,6 @@ def test_a_virtual_batch_larger_than_the_batch_is_the_batch():
 
 
 def test_virtual_batches_need_examples_on_the_first_axis():
-    layer = syncbn.SyncBatchNormalization(axis=0, virtual_batch_size=2)
+    layer = SyncBatchNormalization(axis=0, virtual_batch_size=2)
     with pytest.raises(syncbn.InputError, match="examples on the first axis"):
         layer(ops.ones((4, 6)), training=True)

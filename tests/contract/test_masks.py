@@ -1,6 +1,5 @@
 """Contract 5: a masked element does not exist; weights may be fractional; still synchronized."""
 
-import keras
 import numpy as np
 import pytest
 from keras import ops
@@ -14,6 +13,7 @@ from tests.harness import (
     observe,
     shapes_around,
 )
+from tests.which_keras import SyncBatchNormalization, keras
 
 import syncbn
 
@@ -186,7 +186,7 @@ def test_weights_are_not_rounded_to_the_compute_dtype(policy, dtype):
     """Keras would cast them with the inputs: 1.01 is 1.0078 in bfloat16."""
     x = np.array([[0.0], [1.0]], "f4")
     weights = np.array([1.0, 1.01], dtype)
-    layer = syncbn.SyncBatchNormalization(momentum=0.0, dtype=policy)
+    layer = SyncBatchNormalization(momentum=0.0, dtype=policy)
     layer(x, training=True, weights=weights)
     assert numbers(layer.moving_mean)[0] == pytest.approx(1.01 / 2.01, abs=2e-7)
 
@@ -195,7 +195,7 @@ def test_mask_and_weights_together_and_of_a_mask_that_keras_attached():
     """With a second tensor argument Keras no longer hands on the mask of the input."""
     case = masked_case([(9, 5, 4)])._replace(weights=[np.linspace(0, 2, 9).astype("f4")])
     x = np.where(case.masks[0][..., None], case.parts[0], np.float32(0))
-    layer = syncbn.SyncBatchNormalization()
+    layer = SyncBatchNormalization()
     y = layer(keras.layers.Masking()(x), training=True, weights=case.weights[0])
     expected = case._replace(gamma=np.ones(4), beta=np.zeros(4)).expected().outputs[0]
     kept = case.masks[0]
@@ -213,7 +213,7 @@ def test_a_weight_that_is_not_finite_may_be_masked():
 def test_bad_weights_raise_where_their_values_are_known_and_move_nothing(wrong):
     weights = np.ones(5, "f4")
     weights[3] = wrong
-    layer = syncbn.SyncBatchNormalization()
+    layer = SyncBatchNormalization()
     with pytest.raises(syncbn.InputError) as raised:
         layer(np.ones((5, 4), "f4"), training=True, weights=weights)
     message = str(raised.value)
@@ -234,7 +234,7 @@ def test_bad_weights_raise_where_their_values_are_known_and_move_nothing(wrong):
     ],
 )
 def test_a_shape_that_does_not_fit_is_refused(argument, shape, message):
-    layer = syncbn.SyncBatchNormalization()
+    layer = SyncBatchNormalization()
     with pytest.raises(syncbn.InputError, match=message):
         layer(ops.ones((6, 3, 4)), training=True, **{argument: ops.ones(shape)})
 
@@ -245,7 +245,7 @@ def test_the_mask_of_an_embedding_is_respected_and_handed_on():
         [
             keras.Input((7,), dtype="int32"),
             keras.layers.Embedding(11, 4, mask_zero=True),
-            syncbn.SyncBatchNormalization(momentum=0.0),
+            SyncBatchNormalization(momentum=0.0),
             keras.layers.GlobalAveragePooling1D(),
         ]
     )
@@ -262,7 +262,7 @@ def test_the_mask_of_an_embedding_is_respected_and_handed_on():
 def test_weights_as_an_input_of_a_functional_model():
     case = make_case([(9, 5, 4)])._replace(weights=[np.linspace(0, 2, 9).astype("f4")])
     inputs, weights = keras.Input((5, 4)), keras.Input(())
-    layer = syncbn.SyncBatchNormalization()
+    layer = SyncBatchNormalization()
     model = keras.Model([inputs, weights], layer(inputs, weights=weights))
     layer.gamma.assign(case.gamma)
     layer.beta.assign(case.beta)
@@ -274,7 +274,7 @@ def test_weights_as_an_input_of_a_functional_model():
 
 def test_in_inference_mask_and_weights_have_no_effect():
     case = masked_case([(9, 5, 4)])
-    layer = syncbn.SyncBatchNormalization()
+    layer = SyncBatchNormalization()
     plain = layer(case.parts[0], training=False)
     weighted = layer(case.parts[0], training=False, mask=case.masks[0], weights=np.zeros(9, "f4"))
     np.testing.assert_array_equal(numbers(plain), numbers(weighted))

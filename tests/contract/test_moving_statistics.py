@@ -1,12 +1,10 @@
 """Moving statistics over several steps: cumulative, unbiased, frozen, renormalized."""
 
-import keras
 import numpy as np
 import pytest
 from tests import oracle
 from tests.harness import Case, assert_close, numbers, observe
-
-import syncbn
+from tests.which_keras import SyncBatchNormalization, keras, name_of
 
 
 def batches(sizes, steps, seed=0):
@@ -106,7 +104,7 @@ def test_unbiased_by_a_sum_of_weights_of_about_one_does_not_explode():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(32, 3)).astype("f4")
     weights = rng.random(32).astype("f4")
-    layer = syncbn.SyncBatchNormalization(momentum=0.0, unbiased_moving_variance=True)
+    layer = SyncBatchNormalization(momentum=0.0, unbiased_moving_variance=True)
     layer(x, training=True, weights=weights / weights.sum())
     mean = np.average(x.astype("f8"), axis=0, weights=weights)
     biased = np.average((x - mean) ** 2, axis=0, weights=weights)
@@ -114,17 +112,17 @@ def test_unbiased_by_a_sum_of_weights_of_about_one_does_not_explode():
 
 
 def test_without_the_argument_the_moving_variance_is_biased_as_keras_s():
-    layers = [syncbn.SyncBatchNormalization(), keras.layers.BatchNormalization()]
+    layers = [SyncBatchNormalization(), keras.layers.BatchNormalization()]
     for layer in layers:
         layer(batches((5,), 1)[0][0], training=True)
-    own, its = ({w.name: numbers(w) for w in layer.weights} for layer in layers)
+    own, its = ({name_of(w): numbers(w) for w in layer.weights} for layer in layers)
     assert_moved(own, its["moving_mean"], its["moving_variance"])
 
 
 @pytest.mark.parametrize("momentum", [0.9, None])
 def test_every_call_of_a_shared_layer_counts_in_order(momentum):
     """Siamese branches: the second call moves what the first has moved."""
-    layer = syncbn.SyncBatchNormalization(momentum=momentum)
+    layer = SyncBatchNormalization(momentum=momentum)
     ((part,),) = batches((9,), 1)
     for shift in (0.0, 5.0, -2.0):
         layer(part * np.float32(1 + shift) + np.float32(shift), training=True)
@@ -134,7 +132,7 @@ def test_every_call_of_a_shared_layer_counts_in_order(momentum):
         branch = part.astype("f8") * (1 + shift) + shift
         mean = oracle.moved(mean, branch.mean(0), keep)
         variance = oracle.moved(variance, branch.var(0), keep)
-    assert_moved({w.name: numbers(w) for w in layer.weights}, mean, variance)
+    assert_moved({name_of(w): numbers(w) for w in layer.weights}, mean, variance)
 
 
 @pytest.mark.parametrize("momentum", [0.9, None])

@@ -1,6 +1,5 @@
 """Contract 1 at large means, of many elements and in low precision."""
 
-import keras
 import numpy as np
 import pytest
 from tests.harness import (
@@ -15,6 +14,7 @@ from tests.harness import (
     observe,
     whole_numbers_at_a_large_mean,
 )
+from tests.which_keras import keras
 
 
 @pytest.mark.parametrize(("offset", "tolerance"), [(0.0, 2e-6), (1e3, 1e-4), (1e4, 1e-3)])

@@ -1,7 +1,7 @@
 """What no layer can be made of is refused when it is made: required, received, remedy."""
 
-import keras
 import pytest
+from tests.which_keras import SyncBatchNormalization, keras
 
 import syncbn
 
@@ -25,13 +25,13 @@ import syncbn
 )
 def test_what_can_be_no_partition_is_refused_when_the_layer_is_made(arguments, message):
     with pytest.raises(syncbn.InputError, match=message):
-        syncbn.SyncBatchNormalization(**arguments)
+        SyncBatchNormalization(**arguments)
 
 
 @pytest.mark.parametrize("size", [0, -1, 2.5, True, "4"])
 def test_a_virtual_batch_size_that_is_none_is_refused(size):
     with pytest.raises(syncbn.InputError, match="virtual_batch_size requires a number of examples"):
-        syncbn.SyncBatchNormalization(virtual_batch_size=size)
+        SyncBatchNormalization(virtual_batch_size=size)
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ def test_a_virtual_batch_size_that_is_none_is_refused(size):
 )
 def test_virtual_batches_compose_with_no_other_grouping(other):
     with pytest.raises(syncbn.InputError, match="requires that it is alone"):
-        syncbn.SyncBatchNormalization(virtual_batch_size=4, **other)
+        SyncBatchNormalization(virtual_batch_size=4, **other)
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_virtual_batches_compose_with_no_other_grouping(other):
 )
 def test_anything_but_an_activation_of_keras_is_refused(activation):
     with pytest.raises(syncbn.InputError, match=r"requires the name of an activation .* layer"):
-        syncbn.SyncBatchNormalization(activation=activation)
+        SyncBatchNormalization(activation=activation)
 
 
 @pytest.mark.parametrize(
@@ -73,13 +73,13 @@ def test_anything_but_an_activation_of_keras_is_refused(activation):
 )
 def test_bad_clipping_is_refused_with_its_values_of_which_keras_prints_none(clipping, message):
     with pytest.raises(syncbn.InputError, match=message):
-        syncbn.SyncBatchNormalization(renorm=True, renorm_clipping=clipping)
+        SyncBatchNormalization(renorm=True, renorm_clipping=clipping)
 
 
 @pytest.mark.parametrize("momentum", [None, "a"])
 def test_a_momentum_of_renormalization_that_is_none_is_refused(momentum):
     with pytest.raises(syncbn.InputError, match=f"Received: renorm_momentum={momentum!r}"):
-        syncbn.SyncBatchNormalization(renorm=True, renorm_momentum=momentum)
+        SyncBatchNormalization(renorm=True, renorm_momentum=momentum)
 
 
 @pytest.mark.parametrize(
@@ -96,10 +96,10 @@ def test_a_momentum_of_renormalization_that_is_none_is_refused(momentum):
 )
 def test_what_cannot_be_inverted_is_refused(arguments, message):
     with pytest.raises(syncbn.InputError, match=message):
-        syncbn.SyncBatchNormalization(**({"save": "output"} | arguments))
+        SyncBatchNormalization(**({"save": "output"} | arguments))
 
 
 @pytest.mark.parametrize("value", [True, False])
 def test_synchronized_is_not_an_argument(value):
     with pytest.raises(TypeError, match="this layer always synchronizes"):
-        syncbn.SyncBatchNormalization(synchronized=value)
+        SyncBatchNormalization(synchronized=value)

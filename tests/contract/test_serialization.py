@@ -3,12 +3,10 @@
 import subprocess
 import sys
 
-import keras
 import numpy as np
 import pytest
 from tests.harness import numbers
-
-import syncbn
+from tests.which_keras import TF_KERAS, SyncBatchNormalization, keras, name_of
 
 ARGUMENTS = {
     "axis": 1,
@@ -47,12 +45,14 @@ OWN = {
     "axis_name": "data",
     "process_group": [0, 1],
 }
+if TF_KERAS:
+    del OWN["axis_name"], OWN["process_group"]
 
 
 @pytest.fixture
 def model():
     model = keras.Sequential(
-        [keras.Input((3, 4)), syncbn.SyncBatchNormalization(name="norm"), keras.layers.Dense(2)]
+        [keras.Input((3, 4)), SyncBatchNormalization(name="norm"), keras.layers.Dense(2)]
     )
     rng = np.random.default_rng(0)
     model.set_weights([rng.uniform(0.5, 2, w.shape) for w in model.get_weights()])
@@ -60,7 +60,7 @@ def model():
 
 
 def test_it_is_a_keras_batch_normalization():
-    layer = syncbn.SyncBatchNormalization()
+    layer = SyncBatchNormalization()
     assert isinstance(layer, keras.layers.BatchNormalization)
     assert layer.synchronized is True
 
@@ -68,11 +68,12 @@ def test_it_is_a_keras_batch_normalization():
 def test_signature_is_that_of_keras_without_synchronized():
     import inspect
 
-    ours = inspect.signature(syncbn.SyncBatchNormalization.__init__).parameters
+    ours = inspect.signature(SyncBatchNormalization.__init__).parameters
     theirs = dict(inspect.signature(keras.layers.BatchNormalization.__init__).parameters)
     del theirs["synchronized"]
     # Keras has these since 3.13; ours are there on any.
     later = {"renorm", "renorm_clipping", "renorm_momentum"} - set(theirs)
+    of_its_base = {"fused", *later} if TF_KERAS else set()
     # By keyword and default; the order too, since old code passes some by position.
     positional = [
         (p.name, p.default)
@@ -80,11 +81,11 @@ def test_signature_is_that_of_keras_without_synchronized():
         if p.name not in later and p.kind is not p.KEYWORD_ONLY
     ]
     assert positional == [(p.name, p.default) for p in theirs.values()]
-    assert {p.name for p in ours.values() if p.kind is p.KEYWORD_ONLY} == set(OWN)
+    assert {p.name for p in ours.values() if p.kind is p.KEYWORD_ONLY} == {*OWN, *of_its_base}
 
 
 def test_weights_have_the_names_order_and_shapes_of_keras():
-    layers = [syncbn.SyncBatchNormalization(), keras.layers.BatchNormalization()]
+    layers = [SyncBatchNormalization(), keras.layers.BatchNormalization()]
     for layer in layers:
         layer.build((None, 3, 5))
     ours, theirs = ([(w.name, w.shape, w.trainable) for w in layer.weights] for layer in layers)
@@ -93,11 +94,11 @@ def test_weights_have_the_names_order_and_shapes_of_keras():
 
 
 def test_config_round_trip_keeps_every_argument():
-    layer = syncbn.SyncBatchNormalization(**ARGUMENTS)
+    layer = SyncBatchNormalization(**ARGUMENTS)
     config = layer.get_config()
     assert "synchronized" not in config
-    again = syncbn.SyncBatchNormalization.from_config(config)
-    assert type(again) is syncbn.SyncBatchNormalization
+    again = SyncBatchNormalization.from_config(config)
+    assert type(again) is SyncBatchNormalization
     assert again.get_config() == config
     assert (again.axis, again.momentum, again.trainable, again.name) == (1, 0.8, False, "my_norm")
 
@@ -107,7 +108,7 @@ def test_config_round_trip_keeps_every_argument():
 )
 def test_each_argument_of_its_own_is_kept_by_config_json_and_a_keras_file(name, value, tmp_path):
     model = keras.Sequential(
-        [keras.Input((3,)), syncbn.SyncBatchNormalization(**{name: value}, name="norm")]
+        [keras.Input((3,)), SyncBatchNormalization(**{name: value}, name="norm")]
     )
     for again in (
         keras.models.clone_model(model),
@@ -116,7 +117,8 @@ def test_each_argument_of_its_own_is_kept_by_config_json_and_a_keras_file(name, 
     ):
         layer = again.get_layer("norm")
         assert layer.get_config()[name] == model.get_layer("norm").get_config()[name] == value
-        assert [w.name for w in layer.weights] == [w.name for w in model.get_layer("norm").weights]
+        names, its = (list(map(name_of, one.weights)) for one in (layer, model.get_layer("norm")))
+        assert names == its
 
 
 def saved_and_loaded(model, path):
@@ -125,9 +127,9 @@ def saved_and_loaded(model, path):
 
 
 def test_an_activation_is_kept_by_its_name_and_the_function_is_taken_too():
-    layer = syncbn.SyncBatchNormalization(activation=keras.activations.relu)
+    layer = SyncBatchNormalization(activation=keras.activations.relu)
     assert layer.get_config()["activation"] == "relu"
-    assert syncbn.SyncBatchNormalization(activation="linear").get_config()["activation"] is None
+    assert SyncBatchNormalization(activation="linear").get_config()["activation"] is None
 
 
 def test_training_goes_on_from_a_saved_state_as_if_nothing_had_happened(tmp_path):
@@ -135,7 +137,7 @@ def test_training_goes_on_from_a_saved_state_as_if_nothing_had_happened(tmp_path
     rng = np.random.default_rng(0)
     first, second = rng.normal(3, 2, (2, 16, 3)).astype("float32")
     model = keras.Sequential(
-        [keras.Input((3,)), syncbn.SyncBatchNormalization(renorm=True, momentum=None)]
+        [keras.Input((3,)), SyncBatchNormalization(renorm=True, momentum=None)]
     )
     model(first, training=True)
     again = saved_and_loaded(model, tmp_path / "model.keras")
@@ -152,7 +154,7 @@ def test_training_goes_on_from_a_saved_state_as_if_nothing_had_happened(tmp_path
 def test_a_config_of_keras_batch_normalization_is_taken():
     # Keras itself makes none that is synchronized but on TensorFlow.
     config = keras.layers.BatchNormalization(momentum=0.7).get_config() | {"synchronized": True}
-    layer = syncbn.SyncBatchNormalization.from_config(config)
+    layer = SyncBatchNormalization.from_config(config)
     assert layer.momentum == 0.7
 
 
@@ -166,20 +168,25 @@ def test_inference_is_bitwise_that_of_keras(model):
 
 def test_clone_model_keeps_it_synchronized(model):
     clone = keras.models.clone_model(model)
-    assert type(clone.get_layer("norm")) is syncbn.SyncBatchNormalization
+    assert type(clone.get_layer("norm")) is SyncBatchNormalization
 
 
 def test_keras_file_keeps_it_synchronized(model, tmp_path):
     model.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
-    assert type(loaded.get_layer("norm")) is syncbn.SyncBatchNormalization
+    assert type(loaded.get_layer("norm")) is SyncBatchNormalization
     for own, its in zip(loaded.get_weights(), model.get_weights(), strict=True):
         np.testing.assert_array_equal(own, its)
 
 
 # Each is a process that starts anew: of the other backends one is enough.
 IMPORTS = ["import syncbn; syncbn.SyncBatchNormalization; import keras"]
-if keras.backend.backend() == "tensorflow":
+if TF_KERAS:  # whose files Keras 3 opens too
+    IMPORTS = [
+        pytest.param(imports, marks=pytest.mark.frameworks)
+        for imports in ("import syncbn.tf_keras; import tf_keras as keras", "import keras, syncbn")
+    ]
+elif keras.backend.backend() == "tensorflow":
     IMPORTS.append("import keras, syncbn")
 
 

@@ -65,7 +65,7 @@ def others():
             yield pytest.param(backend, mutant, tests, marks=marks, id=f"{backend}-{mutant}")
 
 
-def outcomes(tests, mutant, report, backend="tensorflow"):
+def outcomes(tests, mutant, report, backend="tensorflow", **environment):
     """The failure message of each test, None where it passed."""
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", f"--junitxml={report}", *tests],
@@ -75,6 +75,7 @@ def outcomes(tests, mutant, report, backend="tensorflow"):
             "SYNCBN_MUTANT": mutant,
             "KERAS_BACKEND": backend,
             "SYNCBN_EVERY_CASE": "1",
+            **environment,
         },
         capture_output=True,
         text=True,
@@ -103,6 +104,18 @@ def test_the_suite_fails_with_the_mutant(mutant, tmp_path):
 def test_the_suite_fails_on_another_backend_with_the_mutant(backend, mutant, tests, tmp_path):
     messages = outcomes(tests, mutant, tmp_path / "report.xml", backend)
     assert all(message and "assert" in message.lower() for message in messages), messages
+
+
+@pytest.mark.frameworks
+@pytest.mark.parametrize("mutant", ["", "never_synchronizes"])
+def test_the_suite_fails_with_tf_keras_too_if_nobody_synchronizes(mutant, tmp_path):
+    fit = "tests/tf_keras/test_fit.py::test_fit_on_replicas_gives_what_one_device_gives[float64]"
+    count = "tests/tf_keras/test_layer.py::test_a_step_has_a_collective_each_way_and_frozen_none"
+    tests = [f"{EQUIVALENCE}[uneven-float32]", fit, f"{count}[True]"]
+    messages = outcomes(tests, mutant, tmp_path / "report.xml", SYNCBN_KERAS="tf_keras")
+    assert [bool(message and "assert" in message.lower()) for message in messages] == [
+        bool(mutant)
+    ] * len(tests), messages
 
 
 def test_the_same_tests_pass_without_a_mutant(tmp_path):

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from tests import recalibration
 from tests.harness import Observed, assert_equals_one_device
 from tests.multiprocess.cluster import run_workers
 from tests.multiprocess.workers.cases import CASES, COLLECTIVES
@@ -36,3 +37,15 @@ def test_a_nan_on_one_worker_stops_both_with_the_same_words(workers):
     """None is left waiting for a peer that has stopped."""
     for worker in workers:
         assert "Received: NaN or infinity in replica 1: its input." in str(worker["stopped"])
+
+
+@pytest.mark.parametrize("repaired", [False, True])
+def test_two_workers_recalibrate_a_model_as_one_device_does_to_the_same_bits(workers, repaired):
+    x = np.concatenate(recalibration.data())
+    assert len(x) % 9 == 1  # the last batch leaves a worker without an example
+    wanted = recalibration.expected(np.split(x, range(9, len(x), 9)))
+    for layer, statistics in enumerate(wanted):
+        for name, its in (("mean", statistics.mean), ("variance", statistics.variance)):
+            first, second = (w[f"recalibrated/{repaired}/{layer}/{name}"] for w in workers)
+            assert first.tobytes() == second.tobytes()
+            np.testing.assert_allclose(first, its, rtol=1e-11, atol=1e-11)

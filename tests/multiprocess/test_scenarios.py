@@ -8,7 +8,7 @@ from tests.scenarios.scenario import select
 # The first test of a world waits for all that runs there.
 pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(900)]
 
-WORLDS = ["workers2x1", "workers2x2"]
+WORLDS = ["workers2x1"]
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,7 @@ def assert_same_bits(found, expected):
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.survival
 def test_killed_workers_are_resumed_to_the_same_bits(tmp_path, uninterrupted):
     """The chief, then both at a time; a worker alone is a check of `syncbn selftest`."""
     rng = random.Random(0)

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import keras
 import numpy as np
 import tensorflow as tf
 
-import syncbn
 from syncbn._backends.tensorflow.replicas import (
     make_virtual_devices,
     mirrored_strategy,
     one_device_strategy,
 )
 from tests.harness import Case, Observed
+from tests.which_keras import SyncBatchNormalization, framework_variable, keras, name_of
 
 
 def start() -> None:
@@ -42,7 +41,7 @@ def make_layer(case: Case, strategy: Any, dtype: str = "float32", **arguments: A
 
     With `state`, values by name, the weights of those names hold these instead.
     """
-    layer_class = arguments.pop("layer_class", syncbn.SyncBatchNormalization)
+    layer_class = arguments.pop("layer_class", SyncBatchNormalization)
     state = arguments.pop("state", None) or {}
     with strategy.scope():
         layer = layer_class(
@@ -61,8 +60,8 @@ def make_layer(case: Case, strategy: Any, dtype: str = "float32", **arguments: A
         if layer.center:
             layer.beta.assign(case.beta)
         for weight in layer.weights:
-            if weight.name in state:
-                weight.assign(state[weight.name])
+            if name_of(weight) in state:
+                weight.assign(state[name_of(weight)])
     return layer
 
 
@@ -72,7 +71,7 @@ def make_step(layer: Any, training: bool = True) -> Any:
     def step(x: Any, dy: Any, **call_arguments: Any) -> Any:
         # Before Keras 3.5 the attribute is missing without the weight.
         weights = [getattr(layer, name, None) for name in ("gamma", "beta")]
-        weights = [w.value for w in weights if w is not None]
+        weights = [framework_variable(w) for w in weights if w is not None]
         with tf.GradientTape() as tape:
             tape.watch([x, *weights])  # of a frozen layer no tape watches the weights itself
             y = layer(x, training=training, **call_arguments)
@@ -148,9 +147,12 @@ def take(prepared: Prepared) -> Observed:
         local_results(strategy, y),
         local_results(strategy, dx),
         *gradients,
-        local_results(strategy, layer.moving_mean.value),
-        local_results(strategy, layer.moving_variance.value),
-        {weight.name: local_results(strategy, weight.value) for weight in layer.weights},
+        local_results(strategy, framework_variable(layer.moving_mean)),
+        local_results(strategy, framework_variable(layer.moving_variance)),
+        {
+            name_of(weight): local_results(strategy, framework_variable(weight))
+            for weight in layer.weights
+        },
     )
 
 

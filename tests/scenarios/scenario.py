@@ -15,7 +15,6 @@ from tests.scenarios.world import REFERENCE, WORLDS, World
 __all__ = [
     "EVERY",
     "FEW",
-    "MORE",
     "MULTI_WORKER",
     "REPLICAS",
     "REPLICATED",
@@ -33,7 +32,6 @@ MULTI_WORKER = tuple(name for name in WORLDS if WORLDS[name].workers > 1)
 # Where the core runs: each further world costs as much again. `make test-scenarios` runs all.
 FEW = ("one", "mirrored2", "workers2x1")
 REPLICAS = ("one", "mirrored2")
-MORE = (*FEW, "workers2x2")
 
 # Several steps of training amplify the rounding of one, 2e-6.
 TOLERANCE = 2e-5

@@ -13,7 +13,7 @@ import numpy as np
 
 import syncbn
 from tests.scenarios.models import dense_model, fit, gather_history, normal, observe_model, targets
-from tests.scenarios.scenario import FEW, MULTI_WORKER, scenario
+from tests.scenarios.scenario import FEW, MULTI_WORKER, REPLICAS, scenario
 from tests.scenarios.world import REFERENCE, World
 
 _C = keras.callbacks
@@ -32,7 +32,7 @@ def _fit(world: World, callbacks: list[Any], epochs: int = 4, **options: Any) ->
     )
 
 
-@scenario(covers=["EarlyStopping"], core=FEW)
+@scenario(covers=["EarlyStopping"], core=REPLICAS)
 def early_stopping(world: World) -> Any:
     stopping = _C.EarlyStopping("loss", min_delta=0.08, patience=1, restore_best_weights=True)
     _, observed = _fit(world, [stopping], epochs=12)
@@ -94,7 +94,6 @@ def _written_into(folder: Path) -> set[str]:
     covers=["CSVLogger", "files by the chief alone"],
     repairs=["chief-writes"],
     witnesses=("workers2x1",),
-    core=FEW,
 )
 def csv(world: World) -> Any:
     path = world.folder / "log.csv"
@@ -115,7 +114,6 @@ class Interrupt(_C.Callback):
 
 @scenario(
     covers=["BackupAndRestore, interrupted and resumed"],
-    core=FEW,
 )
 def backup(world: World) -> Any:
     folder = world.folder / "backup"
@@ -286,7 +284,6 @@ for _suffix in (".keras", ".h5"):
         name=f"saved[{_suffix}]",
         covers=[f"{_suffix}: saved, loaded in the scope, trained on"],
         repairs=["legacy-files"] if _suffix == ".h5" else [],
-        core=FEW if _suffix == ".h5" else (),
     )(_saved(_suffix))
 
 

@@ -23,7 +23,7 @@ from tests.scenarios.models import (
     set_weights,
     targets,
 )
-from tests.scenarios.scenario import FEW, MORE, REPLICAS, scenario
+from tests.scenarios.scenario import FEW, REPLICAS, scenario
 from tests.scenarios.world import World
 
 
@@ -44,7 +44,7 @@ def last_batch_of_one(world: World) -> Any:
     return fit(dense_model(world, metrics=lambda: ["mae"]), normal(65, 6), targets(65))
 
 
-@scenario(covers=["ragged last batch", "building from unequal parts"], core=FEW)
+@scenario(covers=["ragged last batch", "building from unequal parts"], core=REPLICAS)
 def batches_of_65(world: World) -> Any:
     return fit(dense_model(world), normal(130, 6), targets(130), batch_size=65)
 
@@ -54,7 +54,7 @@ def batches_of_seven(world: World) -> Any:
     return fit(dense_model(world), normal(30, 6), targets(30), batch_size=7)
 
 
-@scenario(covers=["sample weights", "ragged last batch", "weighted metrics"], core=MORE)
+@scenario(covers=["sample weights", "ragged last batch", "weighted metrics"], core=FEW)
 def sample_weights(world: World) -> Any:
     model = dense_model(world, metrics=lambda: ["mae"], weighted_metrics=lambda: ["mse"])
     weights = np.abs(normal(65, seed=8))
@@ -89,7 +89,7 @@ def evaluate_and_predict(world: World) -> Any:
     }
 
 
-@scenario(covers=["steps_per_execution"], core=FEW, repairs=["steps"])
+@scenario(covers=["steps_per_execution"], core=REPLICAS, repairs=["steps"])
 def steps_per_execution(world: World) -> Any:
     model = dense_model(world, metrics=lambda: ["mae"], steps_per_execution=3)
     x, y = normal(113, 6), targets(113)
@@ -175,7 +175,7 @@ scenario(
 
 @scenario(
     covers=["train_on_batch", "test_on_batch", "predict_on_batch"],
-    core=FEW,
+    core=REPLICAS,
     repairs=["predictions", "steps"],
 )
 def on_batch(world: World) -> Any:
@@ -271,7 +271,7 @@ def scalar_predictions(world: World) -> Any:
 @scenario(
     covers=["jit_compile"],
     error=("UnsupportedFeatureError", "jit_compile"),
-    core=FEW,
+    core=REPLICAS,
     repairs=["steps"],
 )
 def jit_compile(world: World) -> Any:
@@ -282,7 +282,7 @@ def jit_compile(world: World) -> Any:
 @scenario(
     covers=["compile outside the scope"],
     error=("InputError", "scope"),
-    core=FEW,
+    core=REPLICAS,
     repairs=["scopes"],
 )
 def compile_outside_the_scope(world: World) -> Any:
@@ -332,7 +332,6 @@ def averaged_moving_statistics(world: World) -> Any:
 @scenario(
     covers=["TensorFlow's timeouts: a thread that sleeps for every collective"],
     worlds=("one", "workers2x1"),
-    core=("one", "workers2x1"),
 )
 def threads(world: World) -> Any:
     """40 steps of five collectives leave no threads behind."""
@@ -346,7 +345,7 @@ def threads(world: World) -> Any:
 @scenario(
     covers=["memory that grows with every step"],
     repairs=["instance-keys"],
-    core=FEW,
+    core=("one", "workers2x1"),
 )
 def numbers_of_collectives(world: World) -> Any:
     """Each new number is a record that TensorFlow keeps: more steps must not take more of them."""

@@ -36,7 +36,7 @@ def _shard(dataset: Any, policy: str) -> Any:
     return dataset.with_options(options)
 
 
-@scenario(covers=["tf.data", "order of predictions"], core=FEW)
+@scenario(covers=["tf.data", "order of predictions"], core=REPLICAS)
 def dataset(world: World) -> Any:
     model = dense_model(world, metrics=lambda: ["mae"])
     observed = dict(fit(model, _dataset(), validation_data=_dataset(33, 16, seed=4)))
@@ -150,7 +150,7 @@ def list_inputs(world: World) -> Any:
     return observed | {f"predicted {index}": value for index, value in enumerate(predicted)}
 
 
-@scenario(covers=["strings", "a lookup in the model"], core=FEW, repairs=["building"])
+@scenario(covers=["strings", "a lookup in the model"], core=REPLICAS, repairs=["building"])
 def strings(world: World) -> Any:
     words = np.array(["a", "b", "c", "d", "e"])[np.random.default_rng(0).integers(5, size=(65, 3))]
     with world.scope():
@@ -176,7 +176,7 @@ def sharded_by_data(world: World) -> Any:
 @scenario(
     covers=["AutoShardPolicy.OFF"],
     worlds=("one", *MULTI_WORKER),
-    core=FEW,
+    core=("one", "workers2x1"),
     repairs=["inputs"],
     witnesses=("workers2x1",),
 )
@@ -275,7 +275,7 @@ class _Views(keras.utils.PyDataset):
         return self.x[batch], self.y[batch]
 
 
-@scenario(covers=["data that training writes into"], repairs=["inputs"], core=REPLICAS)
+@scenario(covers=["data that training writes into"], repairs=["inputs"])
 def views_of_arrays(world: World) -> Any:
     x, y = _aligned(normal(256, 6)), _aligned(targets(256))
     observed = dict(fit(dense_model(world), _Views(x, y), epochs=3))

@@ -18,7 +18,7 @@ from tests.scenarios.models import (
     set_weights,
     targets,
 )
-from tests.scenarios.scenario import FEW, MORE, REPLICAS, scenario
+from tests.scenarios.scenario import FEW, REPLICAS, scenario
 from tests.scenarios.world import World
 
 REDUCTIONS = ["sum", "none", "mean", "mean_with_sample_weight", "sum_over_batch_size"]
@@ -201,7 +201,7 @@ for _how in ("guide", "compute_loss", "own"):
     )
 
 
-@scenario(covers=["dropout, the same mask on every replica"], core=MORE, repairs=["seeds"])
+@scenario(covers=["dropout, the same mask on every replica"], core=FEW, repairs=["seeds"])
 def dropout(world: World) -> Any:
     """Not what one device draws, but another mask for every example, at the right rate."""
     with world.scope():

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from syncbn.errors import InputError
+from syncbn.files import written_whole
 from syncbn.training.comparison import REFERENCE, Row, differences
-from syncbn.training.files import written_whole
 from syncbn.training.job import Run
 from syncbn.training.settings import TrainSettings
 

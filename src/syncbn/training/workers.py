@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 
 from syncbn._backends.classifier import Score
+from syncbn.files import written_whole
 from syncbn.launch import LaunchSettings, launch
 from syncbn.training import data, job
-from syncbn.training.files import written_whole
 from syncbn.training.job import Epoch, Observer, Run
 from syncbn.training.settings import TrainSettings
 

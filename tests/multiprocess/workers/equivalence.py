@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -12,6 +13,9 @@ os.environ["KERAS_BACKEND"] = "tensorflow"
 import numpy as np
 import tensorflow as tf
 
+import syncbn
+from syncbn.recalibration import recalibrate
+from tests import recalibration
 from tests.harness import make_case
 from tests.multiprocess.workers.cases import CASES
 from tests.replicas.tensorflow import prepare, take
@@ -25,6 +29,24 @@ def message_of_a_nan_on_the_second_worker(strategy: tf.distribute.Strategy) -> s
     except tf.errors.InvalidArgumentError as error:
         return str(error)
     return "nothing was found"
+
+
+def recalibrated(strategy: tf.distribute.Strategy) -> dict[str, np.ndarray]:
+    """What the layers of a model hold then, without and with the repairs of Keras's training.
+
+    The last batch has one example, so that one worker has none.
+    """
+    found = {}
+    batches = recalibration.data()
+    for repaired in (False, True):
+        with syncbn.enable_multi_worker() if repaired else contextlib.nullcontext():
+            with strategy.scope():
+                model = recalibration.make_model()
+            recalibrate(model, np.concatenate(batches), batch_size=9)
+            for layer, statistics in enumerate(recalibration.held(model)):
+                for name, values in zip(("mean", "variance"), statistics, strict=True):
+                    found[f"recalibrated/{repaired}/{layer}/{name}"] = values
+    return found
 
 
 def main(folder: Path) -> None:
@@ -47,6 +69,7 @@ def main(folder: Path) -> None:
             reduces = [op for op in graph.get_operations() if op.type.startswith("Collective")]
             arrays[f"{name}/collectives"] = np.array(len(reduces))
     arrays["stopped"] = np.array(message_of_a_nan_on_the_second_worker(strategy))
+    arrays |= recalibrated(strategy)
     np.savez(folder / f"worker{worker}.npz", **arrays)
 
 

@@ -7,7 +7,12 @@ from typing import Any
 
 import tensorflow as tf
 
-__all__ = ["in_shape_inference", "is_function_inside_a_loop"]
+__all__ = [
+    "in_shape_inference",
+    "is_being_saved",
+    "is_function_inside_a_loop",
+    "tf_keras_infers_shapes",
+]
 
 
 def in_shape_inference() -> bool:
@@ -17,6 +22,19 @@ def in_shape_inference() -> bool:
     """
     graphs = _from_inside_out(tf.compat.v1.get_default_graph())
     return any(getattr(graph, "name", "").startswith("scratch_graph") for graph in graphs)
+
+
+def tf_keras_infers_shapes() -> bool:
+    """Whether tf_keras only computes shapes, while a model is made from symbolic inputs."""
+    graphs = _from_inside_out(tf.compat.v1.get_default_graph())
+    return any(getattr(graph, "name", "").endswith("_scratch_graph") for graph in graphs)
+
+
+def is_being_saved() -> bool:
+    """Whether the graph being traced goes into a SavedModel, and nowhere else."""
+    from tensorflow.python.saved_model.save_context import in_save_context
+
+    return bool(in_save_context())
 
 
 def is_function_inside_a_loop(graph: Any) -> bool:
