@@ -7,7 +7,13 @@ import pytest
 from tests.processes import python
 
 DOCS = Path(__file__).parents[2] / "docs"
-PAGES = ["conversion"]
+# And what they are run with.
+PAGES = {
+    "checkpoints": {"KERAS_BACKEND": "jax"},
+    "conversion": {},
+    "recalibration": {},
+    "tf-keras": {"TF_USE_LEGACY_KERAS": "1"},
+}
 MARK = "-- the next block --"
 
 
@@ -18,16 +24,17 @@ def blocks_of(page):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_program_of_a_page_prints_what_the_page_says(page, tmp_path):
-    """All in one process, each in a namespace of its own."""
+    """All in one process, one after the other, as the page reads."""
     blocks = blocks_of(page)
     programs = [number for number, (language, _) in enumerate(blocks) if language == "python"]
     assert programs
     code = [blocks[number][1] for number in programs]
     printed = python(
-        f"import os; os.chdir({str(tmp_path)!r})\n"
+        f"import os; os.chdir({str(tmp_path)!r})\nspace = {{'__name__': '__main__'}}\n"
         f"for code in {code!r}:\n"
-        "    exec(compile(code, 'a block', 'exec'), {'__name__': '__main__'})\n"
-        f"    print({MARK!r}, flush=True)\n"
+        "    exec(compile(code, 'a block', 'exec'), space)\n"
+        f"    print({MARK!r}, flush=True)\n",
+        **PAGES[page],
     )
     *outputs, rest = printed.split(f"{MARK}\n")
     assert rest == ""
