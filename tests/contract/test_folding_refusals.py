@@ -127,11 +127,12 @@ CASES = {
         'it makes float32 of the bfloat16 of "d"',
     ),
     "LoRA": (adapted, '"d" is adapted by LoRA'),
-    "quantized": (quantized, '"d" is quantized'),
     "not finite": (not_finite, 'the weights of "d" would not be finite'),
 }
 
 
+if hasattr(layers.Dense, "quantize"):  # Keras 3.0 has none
+    CASES["quantized"] = (quantized, '"d" is quantized')
 if keras.backend.backend() == "tensorflow":
     CASES["bias"] = (
         lambda x: norm(axis=1)(
