@@ -40,6 +40,8 @@ class OwnArguments:
     # Of one framework each; see SyncBatchNormalization's arguments.
     axis_name: Any = None
     process_group: Any = None
+    # Whether a weight is an object of Keras with the framework's variable in it, as in Keras 3.
+    _wraps_variables: bool = True
     # Where the names of activations come from.
     _activations: Any = keras.activations
 

@@ -102,6 +102,7 @@ class SyncBatchNormalization(OwnArguments, tf_keras.layers.BatchNormalization):
         See `syncbn.SyncBatchNormalization`.
     """
 
+    _wraps_variables = False
     _activations = SimpleNamespace(**_ACTIVATIONS, silu=_ACTIVATIONS["swish"])
 
     def __init__(

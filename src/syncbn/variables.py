@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import keras
 from keras import ops
 
 from syncbn._keras import xp
@@ -21,24 +20,22 @@ def state_of(layer: Any) -> dict[str, Any]:
         names += ["moving_stddev", "renorm_mean", "renorm_stddev"]
     # Without gamma or beta the attribute is None, before Keras 3.5 missing.
     variables = {name: getattr(layer, name, None) for name in names}
-    return {name: _own_of(variable) for name, variable in variables.items() if variable is not None}
+    found = {name: variable for name, variable in variables.items() if variable is not None}
+    if layer._wraps_variables:
+        return {name: variable.value for name, variable in found.items()}
+    return found
 
 
-def _own_of(variable: Any) -> Any:
-    """The framework's own: Keras 3 has a variable around it, tf_keras has not."""
-    return variable.value if isinstance(variable, keras.Variable) else variable
-
-
-def _read(variable: Any) -> Any:
+def _read(layer: Any, variable: Any) -> Any:
     """What operations take; in place, on a variable of tf_keras itself, they would change it."""
-    return variable if isinstance(variable, keras.Variable) else variable.value()
+    return variable if layer._wraps_variables else variable.value()
 
 
 def affine_of(layer: Any, moments: Moments) -> tuple[Any | None, Any | None]:
     """`(gamma, beta)` for a batch of these moments; with renorm corrected towards the past."""
     # Before Keras 3.5 the attribute is missing without the weight.
-    gamma = _read(layer.gamma) if layer.scale else None
-    beta = _read(layer.beta) if layer.center else None
+    gamma = _read(layer, layer.gamma) if layer.scale else None
+    beta = _read(layer, layer.beta) if layer.center else None
     if not layer.renorm:
         return gamma, beta
     dtype = moments.mean.dtype

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
-from tests.meta.test_readme import run
+from tests.processes import python
 
 from syncbn.multi_worker import REPAIRS
 
@@ -15,7 +15,7 @@ ALONE = [number for number, (language, _) in enumerate(BLOCKS) if language == "p
 
 @pytest.mark.parametrize("number", ALONE)
 def test_every_block_runs(number):
-    printed = run(BLOCKS[number][1])
+    printed = python(BLOCKS[number][1], KERAS_BACKEND="tensorflow")
     for language, text in BLOCKS[number + 1 : number + 2]:
         assert language != "text" or printed == text
 
