@@ -108,6 +108,15 @@ def train(model: Any, dataset: Any, **arguments: Any) -> Outcome:
     return Outcome(history, evaluated, [weight.tolist() for weight in model.get_weights()])
 
 
+def recalibrated(dataset: Any) -> Outcome:
+    """The weights of a model with the statistics of the data."""
+    from syncbn.recalibration import recalibrate
+
+    model = make_model()
+    recalibrate(model, dataset)
+    return Outcome({}, {}, [weight.tolist() for weight in model.get_weights()])
+
+
 def assert_equal(found: Outcome, expected: Outcome, tolerance: float = 1e-6) -> None:
     """Histories, evaluation and all weights, relative to the larger of 1 and what is expected."""
     import numpy as np
@@ -138,6 +147,8 @@ def _run(case: str, rank: int) -> Any:
     batches = batches_of(name, range(rank, rank + 1)) if rows_of(name, rank) else []
     fault = FAULTS.get(how) if rank == 1 else None
     dataset = as_dataset(batches, fault)
+    if how == "recalibrated":
+        return recalibrated(dataset)._asdict()
     if how == "arrays":
         import numpy as np
 

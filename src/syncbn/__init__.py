@@ -11,7 +11,8 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from syncbn import compat, tf_keras
+    from syncbn import compat as compat
+    from syncbn import tf_keras as tf_keras
     from syncbn.averaging import average_gradients
     from syncbn.checkpoints import load_weights
     from syncbn.conversion import ConversionPlan, convert, plan_conversion, revert, reverted

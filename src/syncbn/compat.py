@@ -8,6 +8,7 @@ files that name the class. Nothing is changed unless it is called.
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 import threading
 from types import ModuleType, TracebackType
@@ -21,9 +22,11 @@ from syncbn.layer import SyncBatchNormalization
 __all__ = ["Installed", "install", "uninstall"]
 
 _NAME = "SyncBatchNormalization"
-# Where Keras 3 has `layers`: its own, what `tf.keras` is since TensorFlow 2.16, and what
-# `import tensorflow.keras.layers` makes of that.
-_LAYERS = ("keras.layers", "keras._tf_keras.keras.layers", "tensorflow.keras.layers")
+# Where Keras 3 has `layers`: its own, and what `tf.keras` is since TensorFlow 2.16.
+_LAYERS = ("keras.layers", "keras._tf_keras.keras.layers")
+# What `tf.keras.layers` becomes once anybody writes `from tensorflow.keras.layers import …`: the
+# same file as a module of its own. So it is imported here: later it would come without the name.
+_OF_TENSORFLOW = "tensorflow.keras.layers"
 _MISSING = object()
 
 
@@ -53,8 +56,8 @@ class Installed:
                 uninstall()
 
     def _apply(self) -> None:
-        places = [importlib.import_module(_LAYERS[0]), importlib.import_module(_LAYERS[1])]
-        places += [sys.modules[_LAYERS[2]]] if _LAYERS[2] in sys.modules else []
+        names = [*_LAYERS, *([_OF_TENSORFLOW] if _tensorflow_has_keras_3() else [])]
+        places = [importlib.import_module(name) for name in names]
         taken = [place.__name__ for place in places if _conflict(place)]
         objects = keras.saving.get_custom_objects()
         if objects.get(_NAME, SyncBatchNormalization) is not SyncBatchNormalization:
@@ -71,8 +74,6 @@ class Installed:
                 self._set(place.__dict__, "experimental", module)
             self._set(module.__dict__, _NAME, SyncBatchNormalization)
             self._set(sys.modules, f"{place.__name__}.experimental", module)
-        # `from tensorflow.keras.layers.experimental import …` looks here, whenever it is said.
-        self._set(sys.modules, f"{_LAYERS[2]}.experimental", module)
         self._set(objects, _NAME, SyncBatchNormalization)
 
     def _set(self, place: Any, name: str, value: Any) -> None:
@@ -90,6 +91,15 @@ class Installed:
             else:
                 place[name] = before
         self._undo.clear()
+
+
+def _tensorflow_has_keras_3() -> bool:
+    """Whether TensorFlow is in use, and its Keras is this one: else there is nothing to give back.
+
+    Keras on JAX or torch does not import it, and neither do we.
+    """
+    legacy = os.environ.get("TF_USE_LEGACY_KERAS") in ("true", "True", "1")
+    return "tensorflow" in sys.modules and not legacy
 
 
 def _conflict(layers: Any) -> bool:

@@ -105,6 +105,25 @@ def test_variance_at_a_large_mean_in_float32(offset):
     assert np.abs(variance / rows.variance - 1).max() < (1e-4 if offset == 1e3 else 1e-3)
 
 
+def test_a_convolution_and_channels_that_are_not_last():
+    """In float32, which Keras's convolution rounds to on JAX and torch."""
+    convolution = keras.layers.Conv1D(4, 3, use_bias=False)
+    norms = syncbn.SyncBatchNormalization(), keras.layers.BatchNormalization(axis=1)
+    layers = [convolution, norms[0], keras.layers.ReLU(), keras.layers.Permute((2, 1)), norms[1]]
+    model = keras.Sequential([keras.Input((6, 5)), *layers])
+    batches = data()
+    recalibrate(model, Batches(batches))
+    kernel = numbers(convolution.kernel).astype("float64")
+    first, second = [], []
+    for x in batches:
+        windows = np.stack([x[:, at : at + 4] for at in range(3)], axis=-2).astype("float64")
+        rows = np.einsum("ntwc,wcf->ntf", windows, kernel).reshape(-1, 4)
+        first.append(rows)
+        second.append(np.maximum(normalized(rows), 0))
+    wanted = [statistics(np.concatenate(rows)) for rows in (first, second)]
+    assert_population(model, wanted, 1e-5)
+
+
 def test_a_layer_that_is_called_twice_counts_both():
     norm = syncbn.SyncBatchNormalization(dtype="float64")
     a, b = (

@@ -12,13 +12,13 @@ BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, flags=re.MULTILINE | re.DO
 PYTHON_BLOCKS = [code for language, code in BLOCKS if language == "python"]
 
 
-def run(code):
-    return python(code, KERAS_BACKEND="tensorflow")
+def run(code, folder):
+    return python(f"import os; os.chdir({str(folder)!r})\n{code}", KERAS_BACKEND="tensorflow")
 
 
 @pytest.mark.parametrize("number", range(len(PYTHON_BLOCKS)))
-def test_every_python_block_runs(number):
-    printed = run(PYTHON_BLOCKS[number])
+def test_every_python_block_runs(number, tmp_path):
+    printed = run(PYTHON_BLOCKS[number], tmp_path)
     following = BLOCKS[BLOCKS.index(("python", PYTHON_BLOCKS[number])) + 1]
     if following[0] == "text":
         assert printed == following[1]
@@ -51,7 +51,7 @@ def test_make_targets_of_the_documents_exist():
         assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
 
 
-@pytest.mark.parametrize("command", ["train", "launch", "selftest", "bench"])
+@pytest.mark.parametrize("command", ["train", "launch", "selftest", "bench", "convert"])
 def test_options_of_the_documents_exist(command, capsys):
     from syncbn.cli import main
 

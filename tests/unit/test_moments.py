@@ -1,11 +1,13 @@
 """Moments: merging sets gives what the union gives, in both forms. NumPy only, no framework."""
 
+import functools
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from syncbn.moments import Moments, merge_table, pack_row, pack_sums, unpack_sums
+from syncbn.moments import Moments, merge, merge_table, pack_row, pack_sums, unpack_sums
 
 CHANNELS = 3
 
@@ -22,6 +24,8 @@ def merged(form, parts, dtype=np.float64):
     moments = [moments_of(part, dtype) for part in parts]
     if form == "sums":
         return unpack_sums(sum(pack_sums(m, np) for m in moments), np)
+    if form == "pairs":
+        return functools.reduce(lambda first, second: merge(first, second, np), moments)
     return merge_table(np.stack([pack_row(m, np) for m in moments]), np)
 
 
@@ -34,7 +38,7 @@ def splits(draw):
     return [rng.normal(offset + spread * rng.normal(), 1, (size, CHANNELS)) for size in sizes]
 
 
-@pytest.mark.parametrize("form", ["sums", "table"])
+@pytest.mark.parametrize("form", ["sums", "table", "pairs"])
 @given(parts=splits())
 def test_merging_gives_the_moments_of_the_union(form, parts):
     union = moments_of(np.concatenate(parts))

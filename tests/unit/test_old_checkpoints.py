@@ -127,7 +127,7 @@ def test_slots_of_the_optimizer_are_named_in_the_report(fixtures):
 def test_a_flag_that_keras_2_lost_is_said_once(fixtures, file):
     model, _ = made("flag", keras.layers.BatchNormalization)
     path = fixtures("tf-2.15.1") / f"flag_{file}"
-    with pytest.warns(CheckpointWarning, match="cannot tell whether 3 .* 0 synchronize") as caught:
+    with pytest.warns(CheckpointWarning, match=r"cannot tell whether 3 .* 0 synchronize") as caught:
         report = load_weights(model, path)
     assert len(caught) == 1
     assert str(caught[0].message) == report.notes[0]
@@ -140,7 +140,7 @@ def test_the_old_class_says_that_it_synchronized(fixtures):
         report = load_weights(made("functional")[0], folder / f"functional_{file}")
         assert report.notes == ("3 layers were synchronized in the program that saved them.",)
         plain = made("functional", keras.layers.BatchNormalization)[0]
-        with pytest.warns(CheckpointWarning, match="3 layers were synchronized .* are not"):
+        with pytest.warns(CheckpointWarning, match=r"3 layers were synchronized .* are not"):
             load_weights(plain, folder / f"functional_{file}")
 
 
@@ -256,7 +256,7 @@ def test_nothing_outside_of_the_file_is_read(tmp_path):
         load_weights(model, tmp_path / "linked.weights.h5")
     with zipfile.ZipFile(tmp_path / "pickled.keras", "w") as archive:
         archive.writestr("model.weights.npz", b"pickle")
-    with pytest.raises(InputError, match="pickles, which are not loaded"):
+    with pytest.raises(InputError, match=r"pickles, which are not loaded"):
         load_weights(model, tmp_path / "pickled.keras")
 
 

@@ -131,7 +131,8 @@ def _walk(
     names = [n for n in dir(layer) if n not in _base_names() and not n.startswith("__")]
     names = [n for n in names if n not in _HIDDEN]
     for name in order(layer, names):
-        value = layer.__dict__.get(name, None)
+        # On torch a layer is a module, which keeps its layers apart.
+        value = layer.__dict__.get(name, layer.__dict__.get("_modules", {}).get(name))
         if value is None and name in ("layers", "cell", "layer"):
             value = getattr(layer, name, None)
         if isinstance(value, keras.layers.Layer):

@@ -115,7 +115,6 @@ def read_torch(
             problems += wrong
             pairs.append(Pair(slot, SavedLayer(by_slot[id(slot)], arrays), arrays))
     if problems:
-        problems += [f"(modules of the file: {', '.join(_modules(state)[:8])} …)"] * bool(state)
         refuse(saved, problems)
     used = {f"{pair.layer.path}." for pair in pairs}
     left = [key for key in state if f"{key.rpartition('.')[0]}." not in used]
@@ -165,10 +164,6 @@ def _arrays(
         if not key.endswith("num_batches_tracked"):  # of use with momentum=None alone
             problems.append(f"{key}, which {slot.path} has no weight for")
     return arrays, problems
-
-
-def _modules(state: Mapping[str, Any]) -> list[str]:
-    return list(dict.fromkeys(key.rpartition(".")[0] for key in state))
 
 
 def _state(source: Any) -> tuple[dict[str, np.ndarray], list[str]]:

@@ -35,18 +35,15 @@ def recalibrate(
         moving_variance = (Σ_k M2_k + Σ_k n_k · (mean_k − moving_mean)²) / n
 
     where n_k, mean_k and M2_k are count, mean and summed squared deviations of the elements of a
-    channel in the global batch k: the statistics of all elements that the layer has normalized,
-    each counted once, whatever the sizes of the batches ("PreciseBN"). A moving average is one of
-    the last batches, each of which was made with other weights.
+    channel in the global batch k: each element counts once, whatever the sizes of the batches
+    ("PreciseBN"). A moving average is one of the last batches, each made with other weights.
 
     The pass normalizes by the batch as training does, in SyncBatchNormalization and Keras's layer
     alike by the global one (groups, virtual batches and renorm by theirs), so that the layers above
-    see what they saw in training. All other layers are in inference: no dropout, no augmentation,
-    and the result is one of the data alone. It does not depend on how a batch is split over
+    see what they saw in training: take its batch size, and shuffled data. All other layers are in
+    inference: no dropout, no augmentation. The result does not depend on how a batch is split over
     replicas, workers or processes, all of which call this alike and hold the same bits after it;
     on torch each process feeds its own part, and one that has run out joins with empty batches.
-    What depends on the size of the batches is what the layers above the first one see; take that
-    of the training, and shuffled data.
 
     Left as they are, and reported: frozen layers (`trainable=False`), which the pass runs by their
     moving statistics; subclasses of both classes; layers that no element came to. With `renorm` the
@@ -77,10 +74,12 @@ def recalibrate(
 
     References:
         Wu, Johnson, "Rethinking 'Batch' in BatchNorm", arXiv:2105.07576, 2021 (section 3).
-        Chan, Golub, LeVeque, "Updating formulae and a pairwise algorithm for computing sample
-        variances", Stanford STAN-CS-79-773, 1979.
     """
     _check(model, dataset, steps)
+    return _recalibrated(model, _source(dataset, batch_size), steps)
+
+
+def _recalibrated(model: Any, data: _Data, steps: int | None) -> RecalibrationReport:
     found, left = find(model)
     if not found:
         raise InputError(
@@ -90,7 +89,6 @@ def recalibrate(
             "`trainable = True` on layers that are to have new statistics."
         )
     backend = _backends.get(keras.backend.backend(), "recalibration")
-    data = _source(dataset, batch_size)
     try:
         moments, taken = _gathered(model, backend, found, data, steps)
     finally:
@@ -100,7 +98,6 @@ def recalibrate(
             "Recalibration requires at least one example. Received: "
             f"{taken} batches without any. Give data that yields batches, again on each call."
         )
-    counted = [bool(np.any(of_layer.count)) for of_layer in moments]
     changes = [
         change
         for one, of_layer in zip(found, moments, strict=True)
@@ -108,17 +105,23 @@ def recalibrate(
     ]
     with backend.scope(model):
         _assign(changes)
-    without = [
-        NotRecalibrated(one.path, type(one.layer).__name__, "no element came to it")
-        for one, any_element in zip(found, counted, strict=True)
-        if not any_element
-    ]
-    layers = tuple(
-        RecalibratedLayer(one.path, type(one.layer).__name__, _count(of_layer.count))
-        for one, of_layer, any_element in zip(found, moments, counted, strict=True)
-        if any_element
-    )
-    return RecalibrationReport(model.name, taken, layers, (*left, *without))
+    return _report(model, taken, list(zip(found, moments, strict=True)), left)
+
+
+def _report(
+    model: Any,
+    taken: int,
+    layers: Sequence[tuple[Found, Moments]],
+    left: Sequence[NotRecalibrated],
+) -> RecalibrationReport:
+    done, without = [], []
+    for (path, layer), moments in layers:
+        name = type(layer).__name__
+        if np.any(moments.count):
+            done.append(RecalibratedLayer(path, name, _count(moments.count)))
+        else:
+            without.append(NotRecalibrated(path, name, "no element came to it"))
+    return RecalibrationReport(model.name, taken, tuple(done), (*left, *without))
 
 
 class _Data(NamedTuple):

@@ -86,7 +86,7 @@ def recalibrating(found: Sequence[Found], dtype: str, scope: Any) -> Iterator[li
 
 
 def _zeros(channels: int, dtype: str) -> Any:
-    return keras.Variable(np.zeros((3, channels)), dtype=dtype, trainable=False, autocast=False)
+    return keras.Variable(np.zeros((3, channels)), dtype=dtype, trainable=False)
 
 
 def _replacement(one: Found) -> Replacement:
@@ -108,7 +108,7 @@ class _Recalibrating(SyncBatchNormalization):
         return super().call(inputs, training=True, mask=mask, weights=weights)
 
     def _follow(self, union: Moments) -> None:
-        dtype = self.gathered.dtype
+        dtype = union.mean.dtype
         before = ops.cast(self.gathered, dtype)
         channels = before.shape[1:]
         batch = Moments(*(ops.broadcast_to(ops.cast(v, dtype), channels) for v in union))

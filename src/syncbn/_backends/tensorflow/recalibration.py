@@ -43,7 +43,8 @@ def vectors(model: Any, data: Any, gathered: Sequence[Any], steps: int | None) -
         x=data.x, batch_size=data.batch_size, shuffle=False, distribute_strategy=strategy
     )
     step = _step(model, gathered, strategy)
-    epoch.data_adapter.on_epoch_begin()
+    # Keras before 3.6 has no such note.
+    getattr(epoch.data_adapter, "on_epoch_begin", lambda: None)()
     try:
         iterator = iter(epoch._distributed_dataset)
         taken = 0
