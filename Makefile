@@ -19,7 +19,7 @@ help:
 	@echo "make format         rewrite the code in the house's format"
 	@echo "make bench          measure all against Keras's and write docs/speed.md (12 minutes)"
 	@echo "make test-benchmarks what the benchmarks measure (2 minutes)"
-	@echo "make test-models    branched models of keras.applications on two workers (4 minutes)"
+	@echo "make test-models    models of keras.applications, on workers, converted, folded (15 minutes)"
 	@echo "make test-scenarios Keras's training on replicas and workers, the whole table (20 minutes)"
 	@echo "make test-survival  runs killed at random steps end with the same bits; a long soak"
 	@echo "make test-frameworks the launcher with JAX and torch, all cases of their tests (15 minutes)"

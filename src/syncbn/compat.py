@@ -116,10 +116,9 @@ def install() -> Installed:
     """Give `keras.layers.experimental.SyncBatchNormalization` back: it is syncbn's layer.
 
     Also as `tf.keras.layers.experimental.SyncBatchNormalization`, where TensorFlow's Keras is Keras
-    3, and for imports of these names. Its arguments are those of the old layer; `adjustment` of
-    TensorFlow 2.4 and before is refused, as the old one did not serve it either. With
-    TF_USE_LEGACY_KERAS=1, `tf.keras` is tf_keras, which has its own old layer, and is left alone.
-    Calling it again gives the same object.
+    3, and for imports of these names. Its arguments are those of the old layer, but `adjustment` of
+    TensorFlow 2.4 and before, which is refused. With TF_USE_LEGACY_KERAS=1, `tf.keras` is tf_keras,
+    which has its own old layer, and is left alone. Calling it again gives the same object.
 
     Returns:
         A context manager; leaving it takes the name away, unless it was there before.

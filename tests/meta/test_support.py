@@ -19,6 +19,12 @@ EVERYWHERE = {
     "a `.keras` file": (
         "meta/test_travel.py::test_a_model_goes_on_on_another_backend_to_the_same_weights"
     ),
+    "`convert`, `revert`": (
+        "contract/test_conversion.py"
+        "::test_every_layer_is_converted_and_reverted_and_keeps_all_that_it_has"
+    ),
+    "`load_weights`": "contract/test_checkpoints.py::test_old_files_restore_the_model",
+    "`fold`": ("contract/test_folding.py::test_every_kind_of_layer_takes_its_normalizations_in"),
 }
 CELLS = {
     "devices of one": (
@@ -64,6 +70,16 @@ CELLS = {
         "tensorflow/test_gradients.py::test_gradients_of_gradients_are_those_of_the_whole_batch",
         "jax/test_derivatives.py::test_gradients_of_gradients",
         "torch/test_gradients.py::test_gradients_of_gradients_are_those_of_the_whole_batch",
+    ),
+    "`recalibrate`": (
+        "tensorflow/test_recalibration.py",
+        "jax/test_recalibration.py",
+        "torch/test_recalibration.py",
+    ),
+    "exported": (
+        "tensorflow/test_export.py::test_a_model_trained_on_replicas_is_exported_as_keras_s_own",
+        "jax/test_export.py::test_the_exported_program_is_keras_s_own",
+        "torch/test_export.py::test_the_exported_program_is_keras_s_own",
     ),
     "`syncbn train`": (
         "cli/test_train.py",
