@@ -27,13 +27,15 @@ help:
 	@echo "make lock           resolve requirements.in into requirements.lock"
 	@echo "make clean          remove .venv and every cache"
 
-$(READY): requirements.lock pyproject.toml
+$(READY): requirements.lock requirements-alone.lock pyproject.toml
 	@test -n "$(PYTHON)" || { echo "syncbn needs Python 3.11, 3.12 or 3.13: none was found." \
 		"Install one, or name it: make PYTHON=/path/to/python"; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "$(PYTHON) has no venv module:" \
 		"install it (on Debian and Ubuntu: apt install python3-venv)"; exit 1; }
 	$(PYTHON) -m venv --clear .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		-r requirements-alone.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
 		--no-build-isolation --no-deps --editable .
 	@touch $@
@@ -99,15 +101,14 @@ test-versions: $(READY)
 	$(BIN)/python tests/versions.py
 
 # Of torch a registry may have a build for CPUs alone (`+cpu`), which elsewhere has no such name.
-# TensorFlow's CPU build exists for x86-64 alone; elsewhere the ordinary one is as small. tf_keras asks
-# for the ordinary one everywhere, which the lock therefore leaves out, and is installed `--no-deps`.
+# TensorFlow's CPU build exists for x86-64 alone; elsewhere the ordinary one is as small. tf_keras, in
+# requirements-alone.lock, asks for the ordinary one everywhere, and is installed without it.
 lock: $(READY)
 	$(BIN)/python -m pip install --quiet pip-tools
 	$(BIN)/pip-compile --quiet --upgrade --extra train --strip-extras --allow-unsafe \
 		--no-emit-index-url --no-emit-trusted-host --no-emit-find-links --no-annotate --no-header \
 		--output-file requirements.lock pyproject.toml requirements.in
 	awk '{ sub(/^torch==[^+]*\+cpu/, substr($$0, 1, index($$0, "+") - 1)) } \
-		/^tensorflow==/ { next } \
 		/^tensorflow-cpu==/ { \
 			print $$0 " ; platform_machine in \"x86_64 AMD64\""; sub("-cpu", ""); \
 			print $$0 " ; platform_machine not in \"x86_64 AMD64\""; next } \

@@ -48,13 +48,13 @@ def pytest_ignore_collect(collection_path):
 
 
 def pytest_collection_modifyitems(config, items):
-    """On JAX and torch every third case of each test, the first among them: TensorFlow runs all.
+    """On JAX and torch every fifth case of each test, the first among them: TensorFlow runs all.
 
     Every claim is tested on every backend in the time of `make test`; SYNCBN_EVERY_CASE=1, as
     `make test-frameworks` has it, runs all cases there too. With tf_keras, on TensorFlow's own
-    kernels again, every fourth.
+    kernels again, every sixth.
     """
-    step = 4 if TF_KERAS else 3 if BACKEND in _FOLDERS else 1
+    step = 6 if TF_KERAS else 5 if BACKEND in _FOLDERS else 1
     if step == 1 or os.environ.get("SYNCBN_EVERY_CASE"):
         return
     seen = collections.Counter()

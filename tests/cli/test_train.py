@@ -92,6 +92,7 @@ def test_the_picture_is_drawn(compared):
         assert len(picture.convert("RGB").getcolors(1 << 20)) > 10
 
 
+@pytest.mark.models
 def test_convnet_on_a_file_with_more_replicas_than_the_last_batch_has_images(tmp_path):
     rng = np.random.default_rng(0)
     y = rng.integers(0, 2, 37)

@@ -95,6 +95,7 @@ def small_data(path, images):
     return x, y
 
 
+@pytest.mark.scenarios
 def test_workers_whose_last_parts_are_empty_end_at_the_weights_of_one_device(tmp_path):
     small_data(tmp_path / "d.npz", 37)  # 3 · 12 + 1: 1, 0 and 0
     common = {"data": str(tmp_path / "d.npz"), "optimizer": "sgd"}
@@ -111,6 +112,7 @@ def test_workers_whose_last_parts_are_empty_end_at_the_weights_of_one_device(tmp
         np.testing.assert_allclose(own, its, rtol=0, atol=1e-12)
 
 
+@pytest.mark.scenarios
 def test_an_overflow_on_the_second_worker_skips_the_step_on_both(tmp_path):
     x, y = small_data(tmp_path / "d.npz", 32)
     order = np.random.default_rng(0).permutation(32)

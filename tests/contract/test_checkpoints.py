@@ -2,25 +2,21 @@
 
 import json
 import struct
-import tarfile
-from pathlib import Path
 
 import keras
 import numpy as np
 import pytest
 from tests.old_checkpoints import models
+from tests.old_checkpoints.unpacked import unpack
 
 from syncbn import SyncBatchNormalization
 from syncbn.checkpoints import CheckpointWarning, load_weights
 from syncbn.errors import InputError
 
-FIXTURES = Path(models.__file__).parent
-
 
 @pytest.mark.filterwarnings("ignore::syncbn.checkpoints.CheckpointWarning")
 def test_old_files_restore_the_model(tmp_path):
-    with tarfile.open(FIXTURES / "tf-2.15.1.tar.xz") as archive:
-        archive.extractall(tmp_path, filter="data")
+    unpack("tf-2.15.1", tmp_path)
     expected = np.load(tmp_path / "expected.npz")
     for kind in ("nested", "subclassed"):
         for file in ("weights_only.h5", "model.weights.h5"):

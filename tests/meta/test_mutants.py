@@ -49,7 +49,7 @@ NOTICED_BY = {
 
 
 # Here; all by `make test-frameworks`: each is a process that starts anew.
-ALWAYS = ("equal_weights", "local_backward", "masked_is_local", "never_synchronizes")
+ALWAYS = ("local_backward", "masked_is_local", "never_synchronizes")
 
 
 def marks_of(mutant, backend="tensorflow"):

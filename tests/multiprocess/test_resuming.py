@@ -10,7 +10,8 @@ import pytest
 from tests.multiprocess.cluster import run_processes
 from tests.multiprocess.workers.resuming import CASES, DAMAGES, PREVIOUS
 
-pytestmark = pytest.mark.multiprocess
+# A worker that is killed and resumed to the same bytes is a check of `syncbn selftest` too.
+pytestmark = [pytest.mark.multiprocess, pytest.mark.survival]
 TMPFS = ["unshare", "--mount", "--map-root-user"]
 
 

@@ -81,6 +81,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.survival
 def test_the_processes_of_a_pydataset_end_with_their_worker(launch):
     """They are ended by SIGTERM, which TensorFlow catches in a worker, and in what it forks."""
     result = launch(POOL, "--workers", "2").run(60)

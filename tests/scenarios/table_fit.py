@@ -44,7 +44,7 @@ def last_batch_of_one(world: World) -> Any:
     return fit(dense_model(world, metrics=lambda: ["mae"]), normal(65, 6), targets(65))
 
 
-@scenario(covers=["ragged last batch", "building from unequal parts"], core=REPLICAS)
+@scenario(covers=["ragged last batch", "building from unequal parts"])
 def batches_of_65(world: World) -> Any:
     return fit(dense_model(world), normal(130, 6), targets(130), batch_size=65)
 
@@ -271,7 +271,6 @@ def scalar_predictions(world: World) -> Any:
 @scenario(
     covers=["jit_compile"],
     error=("UnsupportedFeatureError", "jit_compile"),
-    core=REPLICAS,
     repairs=["steps"],
 )
 def jit_compile(world: World) -> Any:
@@ -282,7 +281,6 @@ def jit_compile(world: World) -> Any:
 @scenario(
     covers=["compile outside the scope"],
     error=("InputError", "scope"),
-    core=REPLICAS,
     repairs=["scopes"],
 )
 def compile_outside_the_scope(world: World) -> Any:

@@ -36,7 +36,7 @@ def _shard(dataset: Any, policy: str) -> Any:
     return dataset.with_options(options)
 
 
-@scenario(covers=["tf.data", "order of predictions"], core=REPLICAS)
+@scenario(covers=["tf.data", "order of predictions"])
 def dataset(world: World) -> Any:
     model = dense_model(world, metrics=lambda: ["mae"])
     observed = dict(fit(model, _dataset(), validation_data=_dataset(33, 16, seed=4)))
@@ -150,7 +150,7 @@ def list_inputs(world: World) -> Any:
     return observed | {f"predicted {index}": value for index, value in enumerate(predicted)}
 
 
-@scenario(covers=["strings", "a lookup in the model"], core=REPLICAS, repairs=["building"])
+@scenario(covers=["strings", "a lookup in the model"], repairs=["building"])
 def strings(world: World) -> Any:
     words = np.array(["a", "b", "c", "d", "e"])[np.random.default_rng(0).integers(5, size=(65, 3))]
     with world.scope():

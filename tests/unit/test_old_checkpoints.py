@@ -1,6 +1,5 @@
 """Checkpoints that TensorFlow 2.2 to 2.15 and tf_keras have written load into models of today."""
 
-import tarfile
 import zipfile
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import keras
 import numpy as np
 import pytest
 from tests.old_checkpoints import models
+from tests.old_checkpoints.unpacked import unpack
 
 from syncbn import SyncBatchNormalization
 from syncbn.checkpoints import CheckpointWarning, load_weights
@@ -29,8 +29,7 @@ def fixtures(tmp_path_factory):
     def unpacked(version):
         if version not in folders:
             folders[version] = tmp_path_factory.mktemp(version)
-            with tarfile.open(FIXTURES / f"{version}.tar.xz") as archive:
-                archive.extractall(folders[version], filter="data")
+            unpack(version, folders[version])
         return folders[version]
 
     return unpacked
