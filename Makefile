@@ -87,6 +87,7 @@ test-survival: $(READY)
 EVERY := -m "frameworks or not frameworks"
 test-frameworks: $(READY)
 	$(BIN)/python tests/frameworks.py
+	SYNCBN_EVERY_CASE=1 KERAS_BACKEND=tensorflow $(PYTEST) tests/contract tests/tensorflow
 	SYNCBN_EVERY_CASE=1 KERAS_BACKEND=jax $(PYTEST) $(EVERY) tests/contract tests/jax
 	SYNCBN_EVERY_CASE=1 KERAS_BACKEND=torch $(PYTEST) $(EVERY) tests/contract tests/torch
 	SYNCBN_EVERY_CASE=1 SYNCBN_KERAS=tf_keras KERAS_BACKEND=tensorflow $(PYTEST) $(EVERY) \

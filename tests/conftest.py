@@ -47,21 +47,28 @@ def pytest_ignore_collect(collection_path):
     return None if not folder or folder[0] in own else True
 
 
-def pytest_collection_modifyitems(config, items):
-    """On JAX and torch every fifth case of each test, the first among them: TensorFlow runs all.
+# Of so many cases of a test one is run.
+_STEP = 6 if TF_KERAS else 5 if BACKEND in _FOLDERS else 2
+# TensorFlow leaves out none of a test with few.
+_FEW = 8 if _STEP == 2 else 0
 
-    Every claim is tested on every backend in the time of `make test`; SYNCBN_EVERY_CASE=1, as
-    `make test-frameworks` has it, runs all cases there too. With tf_keras, on TensorFlow's own
-    kernels again, every sixth.
+
+def pytest_collection_modifyitems(config, items):
+    """Every claim is tested on every backend in the time of `make test`, by fewer cases.
+
+    On JAX and torch by every fifth case of each test, the first among them, with tf_keras, on
+    TensorFlow's kernels again, by every sixth; on TensorFlow by every second where the contract or
+    its own tests have many. SYNCBN_EVERY_CASE=1, as `make test-frameworks` has it, runs all.
     """
-    step = 6 if TF_KERAS else 5 if BACKEND in _FOLDERS else 1
-    if step == 1 or os.environ.get("SYNCBN_EVERY_CASE"):
+    if os.environ.get("SYNCBN_EVERY_CASE"):
         return
-    seen = collections.Counter()
+    tests = [item.nodeid.split("[")[0] for item in items]
+    sizes, seen = collections.Counter(tests), collections.Counter()
     kept, left_out = [], []
-    for item in items:
-        test = item.nodeid.split("[")[0]
-        (left_out if seen[test] % step else kept).append(item)
+    for item, test in zip(items, tests, strict=True):
+        many = sizes[test] > _FEW and {"contract", BACKEND, "tf_keras"} & {*item.path.parts}
+        chosen = item.path.name == "test_scenarios.py"  # by their own table already
+        (left_out if many and seen[test] % _STEP and not chosen else kept).append(item)
         seen[test] += 1
     items[:] = kept
     config.hook.pytest_deselected(items=left_out)
