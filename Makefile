@@ -92,7 +92,7 @@ test-frameworks: $(READY)
 	SYNCBN_EVERY_CASE=1 KERAS_BACKEND=torch $(PYTEST) $(EVERY) tests/contract tests/torch
 	SYNCBN_EVERY_CASE=1 SYNCBN_KERAS=tf_keras KERAS_BACKEND=tensorflow $(PYTEST) $(EVERY) \
 		tests/contract tests/tf_keras
-	KERAS_BACKEND=tensorflow $(BIN)/python -m pytest -m frameworks tests/meta
+	KERAS_BACKEND=tensorflow $(BIN)/python -m pytest -m frameworks tests/meta tests/cli
 
 test-scenarios: $(READY)
 	$(BIN)/python -m tests.scenarios

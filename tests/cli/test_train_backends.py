@@ -60,6 +60,7 @@ def losses(row):
     return row["train_loss"], row["test_loss"]
 
 
+@pytest.mark.frameworks
 @pytest.mark.multiprocess
 def test_on_jax_sync_is_at_one_device_whose_figures_are_those_on_tensorflow(tmp_path):
     rows, expected = finished(tmp_path, "--backend", "jax", "--replicas", "4")
@@ -74,6 +75,7 @@ def test_on_jax_sync_is_at_one_device_whose_figures_are_those_on_tensorflow(tmp_
     assert rows["one device"]["test_loss"] == pytest.approx(expected.test.loss, abs=1e-5)
 
 
+@pytest.mark.frameworks
 @pytest.mark.multiprocess
 def test_on_torch_sync_is_at_one_device_whose_figures_are_those_on_tensorflow(tmp_path):
     rows, expected = finished(tmp_path, "--backend", "torch")

@@ -129,8 +129,10 @@ def test_an_overflow_on_the_second_worker_skips_the_step_on_both(tmp_path):
 
 PROCESSES = pytest.mark.parametrize(
     ("options", "name"),
-    [((*WORKERS, "2"), "sync × 2 workers"), (("--backend", "torch"), "sync × 2")],
-    ids=["workers", "torch"],
+    [
+        pytest.param((*WORKERS, "2"), "sync × 2 workers", id="workers"),
+        pytest.param(("--backend", "torch"), "sync × 2", id="torch", marks=pytest.mark.frameworks),
+    ],
 )
 
 

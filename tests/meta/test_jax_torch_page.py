@@ -21,6 +21,7 @@ def test_every_program_for_jax_prints_what_the_page_says(number):
     assert printed == text
 
 
+@pytest.mark.frameworks
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("code", PROCESSES, ids=["a loop", "fit"])
 def test_every_program_for_torch_runs_on_two_processes(launch, code):

@@ -118,6 +118,7 @@ def test_the_suite_fails_with_tf_keras_too_if_nobody_synchronizes(mutant, tmp_pa
     ] * len(tests), messages
 
 
+@pytest.mark.frameworks
 def test_the_same_tests_pass_without_a_mutant(tmp_path):
     tests = sorted({test for tests in NOTICED_BY.values() for test in tests})
     assert outcomes(tests, "", tmp_path / "report.xml") == [None] * len(tests)

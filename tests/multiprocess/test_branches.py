@@ -20,6 +20,7 @@ def assert_trains_on_two_workers(name, folder):
         np.testing.assert_array_equal(first[field], second[field])
 
 
+@pytest.mark.models
 @pytest.mark.multiprocess
 def test_eight_branches_train_on_two_workers(tmp_path):
     assert_trains_on_two_workers("branches", tmp_path)

@@ -13,7 +13,7 @@ import pytest
 
 from tests.multiprocess.cluster import run_workers
 
-pytestmark = pytest.mark.multiprocess
+pytestmark = [pytest.mark.multiprocess, pytest.mark.survival]
 KILLED = {"together": None, "killed": 1, "chief killed": 0, "failed": None, "late": None}
 # For trying what each test finds: names of repairs that are left out.
 WITHOUT = os.environ.get("SYNCBN_TEST_WITHOUT", "").split()

@@ -13,7 +13,7 @@ import numpy as np
 
 import syncbn
 from tests.scenarios.models import dense_model, fit, gather_history, normal, observe_model, targets
-from tests.scenarios.scenario import FEW, MULTI_WORKER, REPLICAS, scenario
+from tests.scenarios.scenario import FEW, MULTI_WORKER, scenario
 from tests.scenarios.world import REFERENCE, World
 
 _C = keras.callbacks
@@ -32,7 +32,7 @@ def _fit(world: World, callbacks: list[Any], epochs: int = 4, **options: Any) ->
     )
 
 
-@scenario(covers=["EarlyStopping"], core=REPLICAS)
+@scenario(covers=["EarlyStopping"])
 def early_stopping(world: World) -> Any:
     stopping = _C.EarlyStopping("loss", min_delta=0.08, patience=1, restore_best_weights=True)
     _, observed = _fit(world, [stopping], epochs=12)

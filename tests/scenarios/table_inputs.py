@@ -19,7 +19,7 @@ from tests.scenarios.models import (
     set_weights,
     targets,
 )
-from tests.scenarios.scenario import FEW, MULTI_WORKER, REPLICAS, scenario
+from tests.scenarios.scenario import FEW, MULTI_WORKER, scenario
 from tests.scenarios.world import World
 
 
@@ -125,7 +125,7 @@ def _two_inputs(world: World) -> Any:
     return model
 
 
-@scenario(covers=["dict inputs", "several inputs and outputs"], core=REPLICAS)
+@scenario(covers=["dict inputs", "several inputs and outputs"])
 def dict_inputs(world: World) -> Any:
     x = {"a": normal(65, 6), "b": normal(65, 3, seed=2)}
     y = {"first": targets(65), "second": targets(65, 1, seed=3)}

@@ -40,7 +40,6 @@ for _name in REDUCTIONS:
     scenario(
         name=f"reduction[{_name}]",
         covers=["ragged last batch", f"reduction {_name}"],
-        core=REPLICAS if _name == "none" else (),
     )(_reduction(_name))
 
 

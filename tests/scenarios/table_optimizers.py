@@ -52,7 +52,7 @@ OPTIMIZERS: dict[str, tuple[Callable[[], Any], float]] = {
         2e-5,
     ),
 }
-CORE = {"global_clipnorm": REPLICAS, "ema_overwrite": REPLICAS, "accumulation_adam": REPLICAS}
+CORE = {"global_clipnorm": REPLICAS, "accumulation_adam": REPLICAS}
 REPAIRS = {
     "clipnorm": ["gradients"],
     "global_clipnorm": ["gradients"],

@@ -126,7 +126,7 @@ class OwnLogs(keras.Model):
         }
 
 
-@scenario(covers=["logs of one's own: nested, renamed, sums of losses"], core=("one", "mirrored2"))
+@scenario(covers=["logs of one's own: nested, renamed, sums of losses"])
 def own_logs(world: World) -> Any:
     logged: list[Any] = []
 
