@@ -48,16 +48,16 @@ def pytest_ignore_collect(collection_path):
 
 
 # Of so many cases of a test one is run.
-_STEP = 6 if TF_KERAS else 5 if BACKEND in _FOLDERS else 2
+_STEP = 10 if TF_KERAS else 8 if BACKEND in _FOLDERS else 3
 # TensorFlow leaves out none of a test with few.
-_FEW = 8 if _STEP == 2 else 0
+_FEW = 4 if _STEP == 3 else 0
 
 
 def pytest_collection_modifyitems(config, items):
     """Every claim is tested on every backend in the time of `make test`, by fewer cases.
 
-    On JAX and torch by every fifth case of each test, the first among them, with tf_keras, on
-    TensorFlow's kernels again, by every sixth; on TensorFlow by every second where the contract or
+    On JAX and torch by every eighth case of each test, the first among them, with tf_keras, on
+    TensorFlow's kernels again, by every tenth; on TensorFlow by every third where the contract or
     its own tests have many. SYNCBN_EVERY_CASE=1, as `make test-frameworks` has it, runs all.
     """
     if os.environ.get("SYNCBN_EVERY_CASE"):

@@ -64,6 +64,7 @@ def test_float64_where_jax_has_it(context):
     assert_equals_one_device(case, observe(case, context=context), 1e-11)
 
 
+@pytest.mark.frameworks
 def test_shard_map_without_jit_is_the_same():
     case = make_case([(9, 4), (7, 4)])
     observed = observe(case, context="shard_map", mode="eager")

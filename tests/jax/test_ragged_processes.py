@@ -74,6 +74,7 @@ def results(request):
     return RUNS[request.param], run(request.param, *RUNS[request.param])
 
 
+@pytest.mark.frameworks
 def test_two_processes_train_as_one_device(results):
     cases, found = results
     for case in cases:

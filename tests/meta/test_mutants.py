@@ -49,11 +49,11 @@ NOTICED_BY = {
 
 
 # Here; all by `make test-frameworks`: each is a process that starts anew.
-ALWAYS = ("local_backward", "masked_is_local", "never_synchronizes")
+ALWAYS = ("local_backward", "never_synchronizes")
 
 
 def marks_of(mutant, backend="tensorflow"):
-    few = ALWAYS if backend == "tensorflow" else ALWAYS[-1:]
+    few = ALWAYS if backend == "tensorflow" else ()
     return () if mutant in few else pytest.mark.frameworks
 
 

@@ -5,7 +5,7 @@ import pytest
 from tests.travel import BACKENDS, PRECISIONS, run
 
 # Three backends start, and compile ten models each.
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.timeout(600), pytest.mark.frameworks]
 
 # Relative to the largest weight; float32 rounds in another way on each of them.
 TOLERANCE = {"float64": 1e-12, "float32": 2e-6}

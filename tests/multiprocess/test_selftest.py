@@ -72,13 +72,22 @@ def test_a_leak_fails_the_soak_of_one_worker(ended):
     assert "soak: threads more" not in outputs[0]
 
 
-def test_every_check_passes_on_two_workers_and_the_chief_prints_the_table(capfd):
-    assert main(["selftest", "--steps", "100", "--timeout", "120"]) == 0
+@pytest.mark.parametrize(
+    "names",
+    [
+        "layer,fit,resume",
+        pytest.param(
+            ",".join([*(check.name for check in CHECKS), "resume"]), marks=pytest.mark.survival
+        ),
+    ],
+    ids=["some", "all"],
+)
+def test_every_check_passes_on_two_workers_and_the_chief_prints_the_table(names, capfd):
+    assert main(["selftest", "--only", names, "--steps", "100", "--timeout", "120"]) == 0
     table, said = capfd.readouterr()
     verdicts = [line for line in table.splitlines() if line.endswith(" ok")]
     assert [line.removeprefix("[0] ").split()[0] for line in verdicts] == [
-        *(check.name for check in CHECKS),
-        "resume",
+        *names.split(","),
     ]
     assert "FAILED" not in table
     assert "[1]" not in table
