@@ -47,6 +47,8 @@ def pytest_ignore_collect(collection_path):
     return None if not folder or folder[0] in own else True
 
 
+# What has a command of its own, which runs all of it.
+_SLOW = ("benchmarks", "frameworks", "models", "scenarios", "survival")
 # Of so many cases of a test one is run.
 _STEP = 10 if TF_KERAS else 8 if BACKEND in _FOLDERS else 3
 # TensorFlow leaves out none of a test with few.
@@ -67,7 +69,8 @@ def pytest_collection_modifyitems(config, items):
     kept, left_out = [], []
     for item, test in zip(items, tests, strict=True):
         many = sizes[test] > _FEW and {"contract", BACKEND, "tf_keras"} & {*item.path.parts}
-        chosen = item.path.name == "test_scenarios.py"  # by their own table already
+        # By the scenarios' own table already, or by a command for it.
+        chosen = item.path.name == "test_scenarios.py" or any(map(item.get_closest_marker, _SLOW))
         (left_out if many and seen[test] % _STEP and not chosen else kept).append(item)
         seen[test] += 1
     items[:] = kept
