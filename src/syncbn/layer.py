@@ -48,7 +48,8 @@ class SyncBatchNormalization(OwnArguments, keras.layers.BatchNormalization):
     layer that is called several times in a step moves them, in the order of the calls. Inference is
     `keras.layers.BatchNormalization`'s own. Names, order and shapes of the weights are its too, so
     that `set_weights` takes those of the other. (`.weights.h5` files address layers by the name of
-    their class: one of a model with plain layers does not load into one with these.)
+    their class: one of a model with plain layers loads into one with these by `load_weights` of
+    syncbn, not by Keras's.)
 
     A masked element, or one of weight 0, does not exist: it is in no statistic and no gradient,
     whatever it is, NaN too. Its own output is computed by the statistics of the rest, and no

@@ -8,8 +8,9 @@ have to find each of these again, which for subclassed models nobody can.
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import keras
@@ -52,15 +53,9 @@ def switch(replacements: tuple[Replacement, ...]) -> contextlib.ExitStack:
     Returns:
         Whose `close()` makes them what they were.
     """
-    undo = contextlib.ExitStack()
-    try:
-        for one in replacements:
-            undo.callback(_Undo(one.layer))
-            _become(one.layer, one.made)
-    except BaseException:
-        undo.close()
-        raise
-    return undo
+    return _all_or_none(
+        (one.layer, functools.partial(_become, one.layer, one.made)) for one in replacements
+    )
 
 
 def specialize(layers: Iterable[Any], subclass: type) -> contextlib.ExitStack:
@@ -69,10 +64,22 @@ def specialize(layers: Iterable[Any], subclass: type) -> contextlib.ExitStack:
     Returns:
         Whose `close()` makes them what they were, their attributes too.
     """
+    return _all_or_none(
+        (layer, functools.partial(object.__setattr__, layer, "__class__", subclass))
+        for layer in layers
+    )
+
+
+def _all_or_none(changes: Iterable[tuple[Any, Callable[[], None]]]) -> contextlib.ExitStack:
+    """Make each change of a layer; on an error all that were made are undone."""
     undo = contextlib.ExitStack()
-    for layer in layers:
-        undo.callback(_Undo(layer))
-        object.__setattr__(layer, "__class__", subclass)
+    try:
+        for layer, change in changes:
+            undo.callback(_Undo(layer))
+            change()
+    except BaseException:
+        undo.close()
+        raise
     return undo
 
 
