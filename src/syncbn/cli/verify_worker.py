@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import traceback
 from pathlib import Path
 from typing import NoReturn
 
@@ -26,8 +25,11 @@ def main(folder: Path) -> NoReturn:
     except InputError as error:
         print(f"syncbn: error: {error}", file=sys.stderr)
         code = EXIT_BAD_INPUT
-    except Exception:  # noqa: BLE001 - whatever it is, it is shown and is the end
-        traceback.print_exc()
+    except Exception as error:  # noqa: BLE001 - whatever it is, the parent says so
+        from syncbn.verification.workers import note_failure
+
+        note_failure(folder, error)
+        print(f"syncbn verify: {type(error).__name__}", file=sys.stderr)
         code = EXIT_FAILED
     sys.stdout.flush()
     sys.stderr.flush()

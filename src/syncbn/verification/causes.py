@@ -48,14 +48,25 @@ def findings_of(evidence: Evidence) -> Iterator[Finding]:
     first = min((place[one.key] for one in evidence.departed), default=len(place))
     outputs = sorted(evidence.failed(Kind.OUTPUT), key=lambda one: place[one.layer])
     if outputs and place[outputs[0].layer] < first:
-        found.insert(0, _of_output(outputs[0], pair.structure.calls[place[outputs[0].layer]]))
+        call = pair.structure.calls[place[outputs[0].layer]]
+        found.insert(0, _of_output(evidence, outputs[0], call))
     elif not outputs and not found:
         found.extend(_behind_the_outputs(evidence, parts))
     yield from found
     yield from _of_spread(evidence)
 
 
-def _of_output(one: Comparison, call: LayerCall) -> Finding:
+_REMEDY_RANDOM = (
+    "Two devices cannot draw what one draws: this is to be known, not to be mended. See the rest of "
+    "this report, which has such layers in inference."
+)
+_SAME_NUMBERS = (
+    "On TensorFlow Keras draws the same numbers on every replica, which "
+    "syncbn.enable_multi_worker() mends."
+)
+
+
+def _of_output(evidence: Evidence, one: Comparison, call: LayerCall) -> Finding:
     size = f"its outputs are off by {one.difference:.2g} of their largest, {_times(one)}"
     if not np.isfinite(one.difference):
         return Finding(
@@ -73,9 +84,7 @@ def _of_output(one: Comparison, call: LayerCall) -> Finding:
             one.layer,
             one.step,
             f"It draws random numbers, its inputs agree, and {size}: each replica draws its own.",
-            "No two devices draw what one does. See below for all else, with such layers in "
-            "inference, and call syncbn.enable_multi_worker() on TensorFlow, where Keras draws the "
-            "same numbers on every replica.",
+            _REMEDY_RANDOM if evidence.repaired else f"{_REMEDY_RANDOM} {_SAME_NUMBERS}",
         )
     if call.normalization is not None or call.class_name.endswith("Normalization"):
         return Finding(

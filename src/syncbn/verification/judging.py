@@ -16,7 +16,7 @@ from syncbn.verification.measuring import Measured, Pair, measure
 from syncbn.verification.normalizing import Departed, compared
 from syncbn.verification.recording import Step, Structure
 from syncbn.verification.settings import VerifySettings
-from syncbn.verification.steps import OnReplicas
+from syncbn.verification.steps import OnReplicas, in_words
 from syncbn.verification.tolerances import COARSE, Tolerances
 from syncbn.verification.verdict import (
     Cause,
@@ -139,7 +139,7 @@ class Judgement:
         failure = self._on_replicas.failure
         if failure is not None:
             return Outcome.CANNOT_TELL, (
-                f"{name} on {replicas} fails in step {self._steps + 1}: {_in_words(failure)}"
+                f"{name} on {replicas} fails in step {self._steps + 1}: {in_words(failure)}"
             )
         if self._undefined is not None:
             return Outcome.CANNOT_TELL, (
@@ -166,7 +166,7 @@ class Judgement:
         notes = []
         failure = self._on_replicas.failure
         if failure is not None and self._comparisons:
-            notes.append(f"Step {self._steps + 1} fails on the replicas: {_in_words(failure)}")
+            notes.append(f"Step {self._steps + 1} fails on the replicas: {in_words(failure)}")
         if failure is not None and not self._on_replicas.repaired:
             notes.append(_TRY_REPAIR)
         if self._settings.steps > self._batches.steps:
@@ -206,16 +206,9 @@ def cannot_tell(
     """The verdict where a model cannot be trained at all."""
     return Verdict(
         Outcome.CANNOT_TELL,
-        f"The model cannot be trained on {where}: {_in_words(error)}",
+        f"The model cannot be trained on {where}: {in_words(error)}",
         settings=_settings(settings, batches, None, None),
     )
-
-
-def _in_words(error: Exception) -> str:
-    """Its first lines; a graph's error has a hundred."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = " ".join(lines[:2])
-    return f"{type(error).__name__}: {text[:400]}{'…' * (len(text) > 400)}"
 
 
 def _settings(

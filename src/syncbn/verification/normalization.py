@@ -113,7 +113,8 @@ class Normalization(NamedTuple):
             key=lambda pair: abs(np.log((abs(pair[0]) + self.epsilon) / (pair[1] + self.epsilon))),
             default=None,
         )
-        return None if off is None else (float(off[0]), float(off[1]))
+        # Of outputs that are next to nothing 1 / slope² is rounding.
+        return None if off is None else (max(0.0, float(off[0])), float(off[1]))
 
 
 # By replica, mean and variance of each channel.

@@ -13,7 +13,7 @@ from syncbn.files import written_whole
 from syncbn.verification.measuring import Sharing
 from syncbn.verification.recording import Step, Structure
 
-__all__ = ["OnReplicas", "Steps", "merged"]
+__all__ = ["OnReplicas", "Steps", "in_words"]
 
 
 class Steps:
@@ -61,7 +61,7 @@ class Steps:
         return self._folder / f"{self._name}-{number}.pickle"
 
 
-def merged(steps: list[Step]) -> Step:
+def _merged(steps: list[Step]) -> Step:
     """What several processes recorded of one step; the logs are the first one's."""
     whole = Step()
     for step in steps:
@@ -69,6 +69,13 @@ def merged(steps: list[Step]) -> Step:
             getattr(whole, name).update(getattr(step, name))
     whole.logs = steps[0].logs
     return whole
+
+
+def in_words(error: BaseException) -> str:
+    """Its first lines; a graph's error has a hundred."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = " ".join(lines[:2])
+    return f"{type(error).__name__}: {text[:400]}{'…' * (len(text) > 400)}"
 
 
 class OnReplicas(NamedTuple):
@@ -92,7 +99,7 @@ class OnReplicas(NamedTuple):
         """What all processes recorded of a step, counted from 0; None where one has not."""
         if not all(steps.has(number) for steps in self.processes):
             return None
-        return merged([steps.step(number) for steps in self.processes])
+        return _merged([steps.step(number) for steps in self.processes])
 
     def structure(self) -> Structure:
         """Of the model on the first process."""

@@ -18,9 +18,9 @@ from syncbn.verification.measuring import Sharing
 from syncbn.verification.program import load_function, name_of
 from syncbn.verification.running import backend, run
 from syncbn.verification.settings import VerifySettings
-from syncbn.verification.steps import OnReplicas, Steps
+from syncbn.verification.steps import OnReplicas, Steps, in_words
 
-__all__ = ["run_as_worker", "run_by_workers"]
+__all__ = ["needs_repair", "note_failure", "run_as_worker", "run_by_workers"]
 
 _JOB = "job.pickle"
 
@@ -64,8 +64,8 @@ def run_by_workers(
         raise KeyboardInterrupt
     if code:
         failure = WorkerError(
-            f"All {count} workers have to finish. Received: exit code {code}; the lines above are "
-            "the last of the worker that failed."
+            f"all {count} workers have to finish. Received: exit code {code}"
+            f"{_what_they_said(folder, count) or '; see the lines above'}"
         )
     return OnReplicas(
         processes=processes,
@@ -74,6 +74,26 @@ def run_by_workers(
         repaired=repair,
         failure=failure,
     )
+
+
+def _what_they_said(folder: Path, count: int) -> str:
+    paths = {index: _words_path(folder, index) for index in range(count)}
+    said = [
+        f"worker {index}: {path.read_text(encoding='utf-8')}"
+        for index, path in paths.items()
+        if path.exists()
+    ]
+    return f"; {said[0]}" if said else ""
+
+
+def _words_path(folder: Path, index: int) -> Path:
+    return folder / f"worker-{index}-failed.txt"
+
+
+def note_failure(folder: Path, error: BaseException) -> None:
+    """Leave a worker's last words for the parent."""
+    path = _words_path(folder, int(os.environ["RANK"]))
+    path.write_text(in_words(error), encoding="utf-8")
 
 
 def run_as_worker(folder: Path) -> None:
