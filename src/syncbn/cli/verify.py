@@ -77,7 +77,10 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.replicas, arguments.steps, arguments.batch_size, arguments.workers
     ).check()
     to_stdout = str(arguments.json) == "-"
-    _check_outputs([arguments.html, None if to_stdout else arguments.json])
+    for option in ("html", "json"):
+        path = getattr(arguments, option)
+        if path is not None and str(path) != "-":
+            _check_writable(f"--{option}", path)
     if not Path(arguments.data).is_file():
         raise InputError(
             f"--data requires an .npz file. Received: {arguments.data!r}, which is no file. Write "
@@ -108,4 +111,14 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.json is not None:
             document.write_json(verdict, arguments.json)
         text.show(verdict, sys.stdout)
-    return verdict.exit_code
+    return int(verdict.exit_code)
+
+
+def _check_writable(option: str, path: Path) -> None:
+    """Before minutes are spent on it."""
+    folder = path.resolve().parent
+    if path.is_dir() or not os.access(folder, os.W_OK):
+        raise InputError(
+            f"{option} requires a file in a folder that can be written to. Received: "
+            f"{str(path)!r}. Give another path."
+        )

@@ -57,8 +57,8 @@ def findings_of(evidence: Evidence) -> Iterator[Finding]:
 
 
 _REMEDY_RANDOM = (
-    "Two devices cannot draw what one draws: this is to be known, not to be mended. See the rest of "
-    "this report, which has such layers in inference."
+    "Two devices cannot draw what one draws: this is to be known, not to be mended. The rest of "
+    "this report has such layers in inference."
 )
 _SAME_NUMBERS = (
     "On TensorFlow Keras draws the same numbers on every replica, which "
