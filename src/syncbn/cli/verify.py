@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from pathlib import Path
 from typing import Any
 
+from syncbn.cli.quiet import without_start_notices
 from syncbn.cli.start import FRAMEWORKS, start_framework
 from syncbn.errors import InputError
 
@@ -73,9 +75,15 @@ def run(arguments: argparse.Namespace) -> int:
     """Check all that can be checked, then verify and report."""
     from syncbn.verification.settings import VerifySettings
 
-    VerifySettings(
-        arguments.replicas, arguments.steps, arguments.batch_size, arguments.workers
-    ).check()
+    settings = VerifySettings(
+        replicas=arguments.replicas,
+        steps=arguments.steps,
+        batch_size=arguments.batch_size,
+        workers=arguments.workers,
+        repair=arguments.repair,
+        hold_random=arguments.without_random,
+    )
+    settings.check()
     to_stdout = str(arguments.json) == "-"
     for option in ("html", "json"):
         path = getattr(arguments, option)
@@ -88,25 +96,21 @@ def run(arguments: argparse.Namespace) -> int:
         )
     backend = arguments.backend or os.environ.get("KERAS_BACKEND") or "tensorflow"
     start_framework("verify", backend)
-    import syncbn
     from syncbn.verification import document, page, text
     from syncbn.verification.program import load_function
+    from syncbn.verification.verifying import verified
 
-    print(f"syncbn verify: {arguments.model} on one device, then on replicas …", file=sys.stderr)
-    verdict = syncbn.verify(
-        load_function(arguments.model),
-        arguments.data,
-        arguments.replicas,
-        arguments.steps,
-        batch_size=arguments.batch_size,
-        workers=arguments.workers,
-        repair=arguments.repair,
-        random=not arguments.without_random,
-    )
+    with os.fdopen(os.dup(2), "w") as terminal, without_start_notices():
+
+        def say(what: str) -> None:
+            print(f"syncbn verify: {arguments.model}: {what}", file=terminal, flush=True)
+
+        function = load_function(arguments.model)
+        verdict = verified(function, arguments.data, settings, say)
     if arguments.html is not None:
         page.write_page(verdict, arguments.html)
     if to_stdout:
-        print(document.as_json(verdict))
+        print(json.dumps(document.as_dict(verdict), indent=2, allow_nan=False))
     else:
         if arguments.json is not None:
             document.write_json(verdict, arguments.json)

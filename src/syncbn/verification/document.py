@@ -112,9 +112,7 @@ def _from_fields(found: Mapping[str, Any]) -> Verdict:
         outcome=outcomes[found["outcome"]],
         summary=str(found["summary"]),
         findings=tuple(
-            Finding(
-                Cause(one["cause"]), one["layer"], one["step"], one["evidence"], one["remedy"]
-            )
+            Finding(Cause(one["cause"]), one["layer"], one["step"], one["evidence"], one["remedy"])
             for one in found["findings"]
         ),
         layers=tuple(

@@ -157,22 +157,39 @@ def _variables(pair: Pair) -> Iterator[Measured]:
     after = pair.own.after[min(pair.own.after)]
     expected = pair.reference.after[0]
     number = -1
+    largest = _largest_step(pair)
     for place, variable in enumerate(pair.structure.variables):
         number += variable.trainable
         if variable.kind == "state":
             gap = difference(after[place], expected[place])
             yield Measured(Kind.STATISTIC, variable.path, variable.layer, gap)
         elif variable.kind == "weight":
-            gap, allowance = _weight(pair, place, number, after[place])
-            yield Measured(Kind.WEIGHT, variable.path, variable.layer, gap, allowance)
+            found = _weight(pair, place, number, after[place], largest)
+            if found is not None:
+                yield Measured(Kind.WEIGHT, variable.path, variable.layer, *found)
 
 
-def _weight(pair: Pair, place: int, number: int, own: Any) -> tuple[float, float]:
+def _largest_step(pair: Pair) -> float:
+    """Of any weight on one device."""
+    steps = [
+        np.abs(np.asarray(after, np.float64) - np.asarray(before, np.float64))
+        for variable, before, after in zip(
+            pair.structure.variables, pair.before, pair.reference.after[0], strict=True
+        )
+        if variable.kind == "weight"
+    ]
+    return max((float(step.max(initial=0.0)) for step in steps), default=0.0)
+
+
+def _weight(
+    pair: Pair, place: int, number: int, own: Any, largest: float
+) -> tuple[float, float] | None:
     """The difference of the element that is furthest beyond what its gradient allows, and that.
 
     An optimizer such as Adam makes a full step of a gradient that is 0 but for rounding, to either
-    side. With δ the tolerance of a gradient g, its step may be off by the share 2 δ / |g|, and
-    where that is 1 or more by all of twice the largest step.
+    side. With δ the tolerance of a gradient g, its step may be off by the share 2 δ / |g|. Elements
+    where that is 1 or more are left out, unless they are off by more than twice the largest step of
+    any weight; None if all of them are.
     """
     expected = np.asarray(pair.reference.after[0][place], np.float64)
     step = np.abs(expected - np.asarray(pair.before[place], np.float64))
@@ -187,7 +204,12 @@ def _weight(pair: Pair, place: int, number: int, own: Any) -> tuple[float, float
     delta = pair.gradient_tolerance.get(path, 0.0) * gradient_scale(pair, number)
     gradient = np.abs(np.asarray(gradient, np.float64))
     share = np.minimum(1.0, 2 * delta / np.maximum(gradient, 1e-300))
-    allowed = np.where(share < 1, share * step, 2 * step.max())
+    allowed = np.where(share < 1, share * step, 2 * largest)
+    counts = (share < 1) | (gap > allowed)
+    if not np.any(counts):
+        return None
+    gap = np.where(counts, gap, 0.0)
+    allowed = np.where(counts, allowed, np.inf)
     worst = np.unravel_index(np.argmax(gap - allowed), gap.shape)
     return float(gap[worst]) / scale, float(allowed[worst]) / scale
 

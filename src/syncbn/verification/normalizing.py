@@ -76,7 +76,7 @@ def of_normalizations(number: int, departed: Sequence[Departed]) -> Iterator[Fin
         others = ""
         if len(layers) > 1:
             names = ", ".join(one.key for one in layers[1:4])
-            others = f" So are {len(layers) - 1} more: {names}{', …' * (len(layers) > 4)}."
+            others = f" {len(layers) - 1} more likewise: {names}{', …' * (len(layers) > 4)}."
         yield Finding(
             cause, first.key, number, _evidence(cause, first) + others, _remedy(cause, first)
         )

@@ -250,12 +250,8 @@ def _head(
 
 
 def _table(head: str, rows: Iterable[str], **attributes: str | None) -> _Markup:
-    table = _element(
-        "table", _element("thead", head), _element("tbody", *rows), **attributes
-    )
-    return _element(
-        "div", table, class_="scroll", tabindex="0", role="group", aria_label="Table"
-    )
+    table = _element("table", _element("thead", head), _element("tbody", *rows), **attributes)
+    return _element("div", table, class_="scroll", tabindex="0", role="group", aria_label="Table")
 
 
 def _layers(verdict: Verdict, rows: Sequence[Row]) -> Iterator[str]:

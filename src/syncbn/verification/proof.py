@@ -33,9 +33,17 @@ class Proof:
         build_model: the user's.
         data: the user's.
         settings: checked.
+        progress: is told what is done now.
     """
 
-    def __init__(self, build_model: Callable[[], Any], data: Any, settings: VerifySettings) -> None:
+    def __init__(
+        self,
+        build_model: Callable[[], Any],
+        data: Any,
+        settings: VerifySettings,
+        progress: Callable[[str], None],
+    ) -> None:
+        self._progress = progress
         self._build_model = build_model
         self._settings = settings
         self._by_processes = settings.workers is not None or not backend().HAS_LOCAL_REPLICAS
@@ -55,6 +63,7 @@ class Proof:
             found = self._judged(self._settings.hold_random)
             if not any(finding.cause is Cause.RANDOM for finding in found.findings):
                 return found
+            self._progress("again, with layers that draw random numbers in inference")
             return _together(found, self._judged(hold=True))
 
     def _judged(self, hold: bool) -> Verdict:
@@ -63,13 +72,17 @@ class Proof:
             steps = Steps(folder, "one-device")
             one_device = backend("replicas").strategy_over(1, by_processes=False)
             try:
+                self._progress(f"{self._batches.steps} steps on one device")
                 run(self._build_model, self._batches, one_device, None, steps.keep, hold)
                 tolerances = Tolerances(steps.structure(), backend().has_short_products())
+                self._progress("the same, off by a rounding")
                 self._amplify(one_device, steps, tolerances, hold)
             except InputError:
                 raise
             except Exception as error:  # noqa: BLE001 - whatever the user's program raises
                 return cannot_tell("one device", error, self._settings, self._batches)
+            kind = "workers" if self._by_processes else "replicas"
+            self._progress(f"the same on {self._settings.replicas_in_sync} {kind}")
             on_replicas = self._on_replicas(folder, steps, hold)
             judgement = Judgement(
                 steps.structure(), tolerances, self._settings, self._batches, on_replicas, hold

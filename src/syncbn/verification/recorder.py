@@ -140,7 +140,7 @@ class Recorder:
         return {name: value for name, value in seen.items() if self._backend.is_numeric(value)}
 
     def _key(self, layer: Any, count: int) -> str:
-        path = layer.path or layer.name
+        path = (layer.path or layer.name).removeprefix(f"{self._model.name}/")
         key = path if count == 1 else f"{path} [call {count}]"
         with self._lock:
             twin = 1

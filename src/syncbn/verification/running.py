@@ -141,9 +141,10 @@ def _first(values: dict[int, list[Any]]) -> list[Any]:
 def _variables(model: Any) -> list[tuple[Variable, Any]]:
     """All variables that a step reads and writes, in an order that two builds have in common."""
     owners = {}
+    prefix = f"{model.name}/"
     for layer in model._flatten_layers():
         for variable in (*layer._trainable_variables, *layer._non_trainable_variables):
-            owners[id(variable)] = layer.path or layer.name
+            owners[id(variable)] = (layer.path or layer.name).removeprefix(prefix)
     found: list[tuple[Variable, Any]] = []
     known: set[int] = set()
 
@@ -154,7 +155,8 @@ def _variables(model: Any) -> list[tuple[Variable, Any]]:
             known.add(id(variable))
             own = "seed" if "seed" in variable.path and "int" in str(variable.dtype) else kind
             owner = owners.get(id(variable), "")
-            found.append((Variable(variable.path, owner, trainable, own), variable))
+            path = variable.path.removeprefix(prefix)
+            found.append((Variable(path, owner, trainable, own), variable))
 
     add(model.trainable_variables, True, "weight")
     add(model.weights, False, "state")

@@ -153,9 +153,7 @@ def _behind_the_table(verdict: Verdict) -> Iterator[_Paragraph]:
     for number, finding in enumerate(verdict.findings, start=1):
         place = f"{printable(finding.layer)}, " if finding.layer else ""
         yield _Paragraph("")
-        yield _Paragraph(
-            f"{number}. {finding.cause.value} ({place}step {finding.step})", 0, "bold"
-        )
+        yield _Paragraph(f"{number}. {finding.cause.value} ({place}step {finding.step})", 0, "bold")
         yield _Paragraph(printable(finding.evidence), 3)
         if finding.remedy:
             yield _Paragraph(f"What to do: {printable(finding.remedy)}", 3)

@@ -133,4 +133,4 @@ def sharing_of_processes(replicas: int, repaired: bool) -> tuple[int, bool, bool
 
 def devices(strategy: Any) -> list[str]:
     """Names of the devices of this process."""
-    return [str(device) for device in strategy.extended.worker_devices]
+    return [name.rpartition("device:")[2] for name in strategy.extended.worker_devices]
