@@ -106,7 +106,8 @@ def _element(tag: str, *content: str, **attributes: str | None) -> _Markup:
         for name, value in attributes.items()
         if value is not None
     )
-    return _Markup(f"<{tag}{named}>{''.join(map(_escaped, content))}</{tag}>")
+    end = "\n" if tag in {"tr", "section", "header"} else ""
+    return _Markup(f"<{tag}{named}>{''.join(map(_escaped, content))}</{tag}>{end}")
 
 
 def _escaped(text: str) -> str:
@@ -136,7 +137,7 @@ def _body(verdict: Verdict) -> Iterator[str]:
 
 
 def _section(heading: str, *content: str, **attributes: str | None) -> str:
-    return _element("section", _element("h2", heading), *content, **attributes) + "\n"
+    return _element("section", _element("h2", heading), *content, **attributes)
 
 
 def _findings(verdict: Verdict, rows: Sequence[Row]) -> Iterator[str]:
@@ -154,8 +155,12 @@ def _findings(verdict: Verdict, rows: Sequence[Row]) -> Iterator[str]:
         items.append(
             _element(
                 "li",
-                _element("h3", finding.cause.value),
-                _element("p", place, class_="soft"),
+                _element(
+                    "h3",
+                    finding.cause.value,
+                    " ",
+                    _element("span", place, class_="place"),
+                ),
                 _element("p", finding.evidence),
                 *(
                     [_element("p", _element("strong", "What to do: "), finding.remedy)]
@@ -185,6 +190,7 @@ def _figure(verdict: Verdict) -> Iterator[str]:
         ),
         _element(
             "figure",
+            _element("figcaption", legend),
             # It can be scrolled by keys where it is wider than the screen.
             _element(
                 "div",
@@ -195,7 +201,6 @@ def _figure(verdict: Verdict) -> Iterator[str]:
                 aria_label="Picture of the differences",
             ),
             _element("output", "Point at a cell for its values; click for its row.", id="readout"),
-            _element("figcaption", legend),
         ),
     )
 
@@ -290,16 +295,13 @@ def _layer(row: Row, kinds: Sequence[Kind]) -> str:
     name: list[str] = [layer.path]
     if row.mark:
         name += [" ", _mark(row.mark)]
-    return (
-        _element(
-            "tr",
-            _element("td", str(row.number), class_="figure", data_value=str(row.number)),
-            _element("th", *name, _element("span", kind_of, class_="soft"), scope="row"),
-            *(_difference(row.worst.get(kind)) for kind in kinds),
-            id=f"layer-{row.number - 1}",
-            class_=" ".join(["departing"] * row.departs + ["first"] * row.is_first) or None,
-        )
-        + "\n"
+    return _element(
+        "tr",
+        _element("td", str(row.number), class_="figure", data_value=str(row.number)),
+        _element("th", *name, _element("span", kind_of, class_="soft"), scope="row", class_="name"),
+        *(_difference(row.worst.get(kind)) for kind in kinds),
+        id=f"layer-{row.number - 1}",
+        class_=" ".join(["departing"] * row.departs + ["first"] * row.is_first) or None,
     )
 
 
@@ -343,7 +345,6 @@ def _departing(verdict: Verdict) -> Iterator[str]:
             ),
             _element("td", figure(one.tolerance), class_="figure"),
         )
-        + "\n"
         for one in departing[:_MOST_COMPARISONS]
     )
     shown = f"the first {_MOST_COMPARISONS} of " if len(departing) > _MOST_COMPARISONS else ""

@@ -38,16 +38,16 @@ LEGEND = (
     Shade(1e-1, "#93c3e3", "under 1/10"),
     Shade(1.0, "#c9e0f1", "up to the tolerance"),
     Shade(1e1, "#fdb35c", "up to 10 times"),
-    Shade(1e2, "#f4733a", "up to 100 times"),
-    Shade(1e4, "#d32a1e", "up to 10 000 times"),
-    Shade(math.inf, "#7d0a12", "more"),
+    Shade(1e2, "#f58634", "up to 100 times"),
+    Shade(1e4, "#dd3f1d", "up to 10 000 times"),
+    Shade(math.inf, "#ab0f1a", "more"),
     Shade(math.nan, "#c77cd6", "NaN or infinite"),
 )
 _NAN = LEGEND[-1]
 # Whatever is black takes the colour of the page's text; no shade is.
 _BLACK = "#000000"
 _LEFT, _RIGHT, _TOP, _GAP = 122.0, 150.0, 30.0, 14.0
-_BREADTH, _MOST_BREADTH, _LEAST_BREADTH = 830.0, 44.0, 2.5
+_BREADTH, _MOST_BREADTH, _LEAST_BREADTH = 830.0, 56.0, 2.5
 _NAMES_FROM = 11.0  # of a cell's breadth; narrower ones have no room for a name
 _MOST_STEPS = 16
 _HEIGHT = 120.0
@@ -197,6 +197,7 @@ def _draw_panel(
                 edgecolor="none",
                 clip_on=False,
                 gid=gid,
+                snap=False,
             )
         )
         if shade is _NAN and grid.breadth >= 5 and grid.height >= 5:
