@@ -192,6 +192,4 @@ def said_of(one: Comparison) -> str:
 
 def printable(text: str) -> str:
     r"""The same with `\x1b` and the like for what would steer a terminal or is no text."""
-    return "".join(
-        letter if letter.isprintable() else ascii(letter)[1:-1] for letter in str(text)
-    )
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in str(text))
