@@ -24,6 +24,7 @@ ALL = {
     "deep": verdicts.departing(200, at=80, steps=3),
     "nothing": verdicts.telling_nothing(),
     "strange": verdicts.strange(),
+    "unbroken": verdicts.departing(3, at=1, names=["x" * 300, "y" * 300, "z" * 300], steps=1),
 }
 every_page = pytest.mark.parametrize("name", ALL)
 

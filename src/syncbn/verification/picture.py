@@ -62,12 +62,7 @@ def shade_of(one: Comparison) -> Shade:
     """By how many times the tolerance it is off."""
     if not math.isfinite(one.difference):
         return _NAN
-    return next(shade for shade in LEGEND if _fits(one, shade))
-
-
-def _fits(one: Comparison, shade: Shade) -> bool:
-    # What is not 0 is not, however little it is.
-    return one.excess <= shade.most and (one.difference == 0.0 or shade.most > 0.0)
+    return next(shade for shade in LEGEND if one.excess <= shade.most)
 
 
 class _Grid(NamedTuple):
