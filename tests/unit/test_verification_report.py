@@ -150,11 +150,6 @@ def test_text_and_document_need_no_other_package(tmp_path):
     code = f"""
 import sys
 sys.modules.update(dict.fromkeys(("rich", "matplotlib", "numpy", "keras")))
-from importlib.machinery import ModuleSpec
-from types import ModuleType
-package = ModuleType("syncbn.verification")
-package.__path__ = [{str(page.__file__)!r}.rpartition("page.py")[0]]
-sys.modules["syncbn.verification"] = package
 from syncbn.verification import document, page, text
 verdict = document.read_json({str(tmp_path / "a.json")!r})
 text.show(verdict)

@@ -23,7 +23,7 @@ from syncbn.verification.rows import (
     rows_of,
     said_of,
 )
-from syncbn.verification.text import setting_in_words
+from syncbn.verification.text import model_name, setting_in_words
 from syncbn.verification.verdict import Comparison, Kind, Outcome, Verdict
 
 __all__ = ["as_html", "check_page", "write_page"]
@@ -217,9 +217,7 @@ def _model(verdict: Verdict) -> Iterator[str]:
     rows = [
         _element(
             "tr",
-            _element(
-                "th", one.kind.value if one.kind is not Kind.METRIC else one.name, scope="row"
-            ),
+            _element("th", model_name(one), scope="row"),
             _element(
                 "td",
                 said_of(one),

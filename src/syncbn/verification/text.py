@@ -106,9 +106,10 @@ def _before_the_table(verdict: Verdict) -> Iterator[_Paragraph]:
     for number, one in enumerate(of_model(verdict)):
         if not number:
             yield _Paragraph("")
-        name = one.kind.value if one.kind is not Kind.METRIC else f"metric {printable(one.name)}"
         mark = "" if one.agrees else "  departs"
-        yield _Paragraph(f"{name}: {said_of(one)}{mark}", style="" if one.agrees else "red")
+        yield _Paragraph(
+            f"{model_name(one)}: {said_of(one)}{mark}", style="" if one.agrees else "red"
+        )
     if kinds_of(verdict):
         yield _Paragraph("")
 
@@ -193,13 +194,28 @@ def _behind_the_table(verdict: Verdict, kinds: Sequence[Kind]) -> Iterator[_Para
         yield _Paragraph(f"Note: {printable(note)}")
 
 
+def model_name(one: Comparison) -> str:
+    """What was compared of the model as a whole."""
+    return f"metric {printable(one.name)}" if one.kind is Kind.METRIC else one.kind.value
+
+
 def settings_in_words(settings: Mapping[str, Any]) -> str:
     """All in one line."""
-    return ", ".join(f"{name} {setting_in_words(value)}" for name, value in settings.items())
+    return "; ".join(
+        f"{printable(name)}: {setting_in_words(value)}" for name, value in settings.items()
+    )
 
 
 def setting_in_words(value: Any) -> str:
-    """Text as it is, all else as JSON has it."""
+    """Text as it is, several values in a line, all else as JSON has it."""
+    if isinstance(value, Mapping):
+        return ", ".join(
+            f"{printable(name)} {setting_in_words(item)}" for name, item in value.items()
+        )
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(setting_in_words, value))
+    if value is None:
+        return "none"
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
     return printable(text)
 
