@@ -112,16 +112,7 @@ def _behind_the_outputs(evidence: Evidence, parts: Parts) -> Iterator[Finding]:
     elif evidence.failed(Kind.GRADIENT):
         yield _of_gradients(evidence, parts)
     elif evidence.failed(Kind.WEIGHT):
-        worst = max(evidence.failed(Kind.WEIGHT), key=lambda one: one.excess)
-        yield Finding(
-            Cause.OPTIMIZER,
-            worst.layer,
-            evidence.number,
-            f"The gradients agree, and {worst.name} is off by {worst.difference:.2g} after the "
-            f"step, {_times(worst)}: what the optimizer does between, such as clipping, happens on "
-            "each replica by itself.",
-            _repair("Clip and scale the sum of the gradients", evidence),
-        )
+        yield _of_weights(evidence)
     elif evidence.failed(Kind.STATISTIC) and not evidence.failed(Kind.SPREAD):
         worst = max(evidence.failed(Kind.STATISTIC), key=lambda one: one.excess)
         yield Finding(
@@ -135,6 +126,27 @@ def _behind_the_outputs(evidence: Evidence, parts: Parts) -> Iterator[Finding]:
         )
     if not evidence.failed(Kind.LOSS):
         yield from _of_metrics(evidence, parts)
+
+
+def _of_weights(evidence: Evidence) -> Finding:
+    worst = max(evidence.failed(Kind.WEIGHT), key=lambda one: one.excess)
+    off = f"{worst.name} is off by {worst.difference:.2g} after the step, {_times(worst)}"
+    if not evidence.pair.own.gradients:
+        return Finding(
+            Cause.NOT_SUMMED,
+            worst.layer,
+            evidence.number,
+            f"All outputs agree, no gradient went through an optimizer of the model, and {off}.",
+            "Give the gradients to the model's optimizer, whose apply sums them over the replicas.",
+        )
+    return Finding(
+        Cause.OPTIMIZER,
+        worst.layer,
+        evidence.number,
+        f"The sum of the replicas' gradients agrees, and {off}: the optimizer makes another step "
+        "of it, as where it clips or scales each replica's share by itself.",
+        _repair("Clip and scale the sum of the gradients", evidence),
+    )
 
 
 def _of_loss(evidence: Evidence, parts: Parts) -> Finding:
@@ -177,10 +189,10 @@ def _of_loss(evidence: Evidence, parts: Parts) -> Finding:
 def _of_gradients(evidence: Evidence, parts: Parts) -> Finding:
     pair = evidence.pair
     failed = evidence.failed(Kind.GRADIENT)
-    worst = max(failed, key=lambda one: one.excess)
+    worst, between = _first_backwards(evidence, failed)
     said = (
         f"All outputs and the loss agree, and {len(failed)} of "
-        f"{len(pair.structure.trainable)} gradients do not, {worst.name} by {worst.difference:.2g}"
+        f"{len(pair.structure.trainable)} gradients do not"
     )
     ratio = _common_ratio(pair)
     if ratio is not None and _is_count(ratio, parts, worst.tolerance):
@@ -199,13 +211,58 @@ def _of_gradients(evidence: Evidence, parts: Parts) -> Finding:
             _mean_of_means(said, parts),
             _repair("Divide the sum over all examples by their number", evidence),
         )
+    said = f"{said}; going backward the first is {worst.name}, off by {worst.difference:.2g}"
+    if between:
+        said += f", while those of {between[-1]} and behind it agree"
+    local = [key for key in between if _normalizes(pair.structure.calls, key)]
+    if local:
+        return Finding(
+            Cause.GRADIENTS,
+            worst.layer,
+            evidence.number,
+            f"{said}. What lies between is the backward of {' and '.join(local)}: it takes sums "
+            "over its own replica where its outputs took those over all.",
+            "Take syncbn.SyncBatchNormalization, or sum over the replicas in the backward too.",
+        )
     return Finding(
         Cause.GRADIENTS,
         worst.layer,
         evidence.number,
         f"{said}.",
-        _repair("Look at what happens to gradients before the optimizer", evidence),
+        _repair(
+            "Look at what happens to gradients before the optimizer, such as clipping", evidence
+        ),
     )
+
+
+def _normalizes(calls: Sequence[LayerCall], key: str) -> bool:
+    return any(
+        call.key == key and (call.normalization is not None or "Normalization" in call.class_name)
+        for call in calls
+    )
+
+
+def _first_backwards(
+    evidence: Evidence, failed: Sequence[Comparison]
+) -> tuple[Comparison, list[str]]:
+    """The gradient that departs first on the way back, and the calls up to where they agree.
+
+    These are in the order of the calls, up to the nearest layer with weights whose gradients all
+    agree; none where there is none behind.
+    """
+    calls = evidence.pair.structure.calls
+    place = {call.key: order for order, call in enumerate(calls)}
+    wrong = {one.layer for one in failed}
+    first = max(failed, key=lambda one: (place.get(one.layer, -1), one.excess))
+    start = place.get(first.layer, -1)
+    behind = [
+        place[one.layer]
+        for one in evidence.comparisons
+        if one.kind is Kind.GRADIENT
+        and one.layer not in wrong
+        and place.get(one.layer, -1) > start >= 0
+    ]
+    return first, [call.key for call in calls[start + 1 : min(behind) + 1]] if behind else []
 
 
 def _mean_of_means(said: str, parts: Parts) -> str:

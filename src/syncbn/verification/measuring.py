@@ -165,12 +165,32 @@ def _variables(pair: Pair) -> Iterator[Measured]:
     for place, variable in enumerate(pair.structure.compared):
         number += variable.trainable
         if variable.kind == "state":
-            gap = difference(after[place], expected[place])
+            gap = difference(after[place], expected[place]) * scale_of(expected[place])
+            gap /= state_scale(pair, place)
             yield Measured(Kind.STATISTIC, variable.path, variable.layer, gap)
         elif variable.kind == "weight":
             found = _weight(pair, place, number, after[place], largest)
             if found is not None:
                 yield Measured(Kind.WEIGHT, variable.path, variable.layer, *found)
+
+
+def state_scale(pair: Pair, place: int) -> float:
+    """What a state's difference is relative to.
+
+    Its largest value; for one that is next to nothing beside the others of its layer a thousandth
+    of theirs, as a moving mean of inputs whose mean is 0 but for rounding.
+    """
+    layer = pair.structure.variables[place].layer
+    values = [
+        float(np.max(np.abs(np.asarray(value, np.float64)), initial=0.0))
+        for number, (variable, value) in enumerate(
+            zip(pair.structure.variables, pair.reference.after[0], strict=True)
+        )
+        if variable.kind == "state" and (number == place or (layer and variable.layer == layer))
+    ]
+    own = float(np.max(np.abs(np.asarray(pair.reference.after[0][place], np.float64)), initial=0.0))
+    scale = max(own, 1e-3 * max(values))
+    return scale if np.isfinite(scale) and scale else 1.0
 
 
 def _largest_step(pair: Pair) -> float:

@@ -54,6 +54,11 @@ def _normalization(
 ) -> Normalization | None:
     if sharing.shared:
         seen, outputs = _split(seen[0], outputs[0], parts)
+    # An empty part has no statistics, and TensorFlow's oneDNN gives it the shape of another layer.
+    seen = {replica: one for replica, one in seen.items() if np.size(one["inputs"])}
+    if not seen:
+        return None
+    outputs = {replica: outputs[replica] for replica in seen}
     first = seen[min(seen)]
     axis = of_layer["axis"]
     x = {replica: np.moveaxis(one["inputs"], axis, -1) for replica, one in seen.items()}

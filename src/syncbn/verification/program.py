@@ -15,7 +15,7 @@ import keras
 from syncbn.errors import InputError
 from syncbn.verification.batches import Batches
 
-__all__ = ["built_model", "load_function", "name_of"]
+__all__ = ["built_model", "load_function", "name_of", "optimizers_of"]
 
 _FORM = "module:function, as train:build_model or train.py:build_model"
 
@@ -159,9 +159,19 @@ def built_model(build_model: Callable[[], Any], batches: Batches) -> Any:
     batches.check_fits(model)
     if not model.built or not model.weights:
         model(batches.rows(slice(0, 1))[0], training=False)
-    model.optimizer.build(model.trainable_variables)
+    if model.optimizer is not None:
+        model.optimizer.build(model.trainable_variables)
+    # Callbacks, which look on, are called once an execution.
+    model.steps_per_execution = 1
     # What XLA compiles on one device it refuses on replicas, and it cannot be looked into.
     if keras.backend.backend() == "tensorflow":
         model.jit_compile = False
     model.train_function = None
     return model
+
+
+def optimizers_of(model: Any) -> list[Any]:
+    """The model's own optimizer, then others that it holds, as one that trains against another."""
+    held = [model.optimizer, *vars(model).values()]
+    found = [value for value in held if isinstance(value, keras.optimizers.Optimizer)]
+    return list({id(one): one for one in found}.values())

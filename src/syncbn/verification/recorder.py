@@ -18,6 +18,7 @@ from keras import tree
 
 from syncbn._keras import without_autocast
 from syncbn.verification.describing import described, draws
+from syncbn.verification.program import optimizers_of
 from syncbn.verification.recording import LayerCall, Step
 
 __all__ = ["Recorder"]
@@ -50,7 +51,8 @@ class Recorder:
                     undo.enter_context(_wrapped(layer, "call", self._of_layer(layer)))
             undo.enter_context(_wrapped(self._model, "train_step", self._of_step))
             undo.enter_context(_wrapped(self._model, "compute_loss", self._of_loss))
-            undo.enter_context(_wrapped(self._model.optimizer, "apply", self._of_gradients))
+            for optimizer in optimizers_of(self._model):
+                undo.enter_context(_wrapped(optimizer, "apply", self._of_gradients))
             yield
 
     @property
@@ -83,13 +85,22 @@ class Recorder:
 
     def _of_gradients(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def apply(grads: Any, trainable_variables: Any = None) -> Any:
-            there = [number for number, gradient in enumerate(grads) if gradient is not None]
-            dense = [self._backend.dense(grads[number]) for number in there]
+            variables = trainable_variables
+            if variables is None:
+                variables = original.__self__._trainable_variables  # type: ignore[attr-defined]
+            numbers = {
+                id(one): number for number, one in enumerate(self._model.trainable_variables)
+            }
+            found = {
+                numbers[id(variable)]: self._backend.dense(gradient)
+                for gradient, variable in zip(grads, variables, strict=True)
+                if gradient is not None and id(variable) in numbers
+            }
 
             def keep(replica: int, values: list[Any]) -> None:
-                self._keep_gradients(replica, dict(zip(there, values, strict=True)))
+                self._keep_gradients(replica, dict(zip(found, values, strict=True)))
 
-            self._observe(dense, keep)
+            self._observe(list(found.values()), keep)
             if trainable_variables is None:
                 return original(grads)
             return original(grads, trainable_variables)

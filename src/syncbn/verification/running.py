@@ -18,7 +18,7 @@ from keras import tree
 from syncbn import _backends
 from syncbn.errors import InputError
 from syncbn.verification.batches import Batches
-from syncbn.verification.program import built_model
+from syncbn.verification.program import built_model, optimizers_of
 from syncbn.verification.recorder import Recorder
 from syncbn.verification.recording import Step, Structure, Variable
 
@@ -163,7 +163,8 @@ def _variables(model: Any) -> list[tuple[Variable, Any]]:
     add(model.trainable_variables, True, "weight")
     add(model.weights, False, "state")
     add(model.non_trainable_variables, False, "state")
-    add(model.optimizer.variables, False, "optimizer")
+    for optimizer in optimizers_of(model):
+        add(optimizer.variables, False, "optimizer")
     return found
 
 

@@ -72,8 +72,12 @@ def _merged(steps: list[Step]) -> Step:
 
 
 def in_words(error: BaseException) -> str:
-    """Its first lines; a graph's error has a hundred."""
+    """Its first lines; of a graph's error, which has a hundred, those that say what failed."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if lines and lines[0].startswith("Graph execution error"):
+        # The trace of Python comes first, and the reason in front of the names of nodes.
+        nodes = [number for number, line in enumerate(lines) if line.startswith("[[")]
+        lines = lines[nodes[0] - 1 : nodes[0] + 1] if nodes and nodes[0] else lines
     text = " ".join(lines[:2])
     return f"{type(error).__name__}: {text[:400]}{'…' * (len(text) > 400)}"
 
