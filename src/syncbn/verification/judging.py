@@ -92,8 +92,8 @@ class Judgement:
             for comparison, departure in compared(number, pair, parts, self._tolerances):
                 comparisons.append(comparison)
                 departed += [] if departure is None else [departure]
-        repaired = self._on_replicas.repaired
-        for finding in findings_of(Evidence(number, pair, comparisons, departed, repaired)):
+        repair = None if self._on_replicas.repaired else self._on_replicas.repair
+        for finding in findings_of(Evidence(number, pair, comparisons, departed, repair)):
             self._findings.setdefault((finding.cause, finding.layer), finding)
         self._comparisons += comparisons
         self._steps = number
@@ -168,7 +168,10 @@ class Judgement:
         if failure is not None and self._comparisons:
             notes.append(f"Step {self._steps + 1} fails on the replicas: {in_words(failure)}")
         if failure is not None and not self._on_replicas.repaired:
-            notes.append(_TRY_REPAIR)
+            notes.append(
+                f"{self._on_replicas.repair} was not in effect, without which Keras's fit fails or "
+                "is wrong on several replicas: try --repair (repair=True)."
+            )
         if self._settings.steps > self._batches.steps:
             notes.append(f"The data are enough for {self._batches.steps} steps.")
         compared_layers = {one.layer for one in self._comparisons if one.kind is Kind.OUTPUT}
@@ -181,12 +184,6 @@ class Judgement:
             shown = ", ".join(random[:3]) + ", …" * (len(random) > 3)
             notes.append(f"In inference, as they draw random numbers: {shown}.")
         return notes
-
-
-_TRY_REPAIR = (
-    "syncbn.enable_multi_worker() was not in effect, without which Keras's fit fails or is wrong "
-    "on several replicas and workers: try --repair (repair=True)."
-)
 
 
 def _unexplained(worst: Comparison) -> Finding:
