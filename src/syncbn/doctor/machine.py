@@ -1,0 +1,203 @@
+"""What is installed and set on this machine, without importing any of it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import platform
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from syncbn.doctor.findings import Finding
+
+__all__ = ["BACKENDS", "Machine", "look"]
+
+BACKENDS = ("tensorflow", "jax", "torch")
+# Every distribution that puts a package `tensorflow` in place.
+_TENSORFLOWS = (
+    *("tensorflow", "tensorflow-cpu", "tensorflow-gpu", "tensorflow-macos", "tensorflow-intel"),
+    *("tensorflow-rocm", "tf-nightly", "tf-nightly-cpu", "intel-tensorflow"),
+)
+_OTHERS = ("keras", "tf_keras", "jax", "jaxlib", "torch", "numpy", "syncbn")
+_TRUE = ("1", "true")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Versions and settings.
+
+    Attributes:
+        versions: of each package that is installed, by name; "tensorflow" whatever its
+            distribution is called; None where a package is there that says no version.
+        distributions: those that hold TensorFlow, with their versions.
+        backend: what Keras 3 runs on here.
+        backend_by: what says so.
+        legacy: whether TF_USE_LEGACY_KERAS is set.
+        findings: what is wrong with that.
+    """
+
+    versions: dict[str, str | None]
+    distributions: dict[str, str]
+    backend: str
+    backend_by: str
+    legacy: bool
+    findings: tuple[Finding, ...]
+
+    def has(self, package: str) -> bool:
+        """Whether there is such a package, working or not."""
+        return package in self.versions
+
+
+def look(environment: Mapping[str, str] = os.environ) -> Machine:
+    """Read what is installed and set."""
+    distributions = {
+        name: version for name in _TENSORFLOWS if (version := _version(name)) is not None
+    }
+    versions: dict[str, str | None] = {"python": platform.python_version()}
+    if distributions or _is_there("tensorflow"):
+        versions["tensorflow"] = next(iter(distributions.values()), None)
+    for name in _OTHERS:
+        version = _version(name)
+        if version is not None or _is_there(name):
+            versions[name] = version
+    legacy = environment.get("TF_USE_LEGACY_KERAS", "").lower() in _TRUE
+    findings: list[Finding] = []
+    backend, backend_by = _backend(environment, findings)
+    machine = Machine(versions, distributions, backend, backend_by, legacy, ())
+    findings += _conflicts(machine)
+    return Machine(versions, distributions, backend, backend_by, legacy, tuple(findings))
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _is_there(package: str) -> bool:
+    """Whether it can be found; a top-level package is not imported for that."""
+    try:
+        return importlib.util.find_spec(package) is not None
+    except (ImportError, ValueError):  # a module of that name that was put in by hand
+        return False
+
+
+def _backend(environment: Mapping[str, str], findings: list[Finding]) -> tuple[str, str]:
+    """What Keras 3 would run on, as keras/src/backend/config.py decides, and what says so."""
+    backend, by = "tensorflow", "Keras's default"
+    home = environment.get("KERAS_HOME")
+    path = Path(home) if home else Path("~/.keras").expanduser()
+    path /= "keras.json"
+    try:
+        config = json.loads(path.read_text("utf-8"))
+        if isinstance(config, dict) and "backend" in config:
+            backend, by = str(config["backend"]), str(path)
+    except FileNotFoundError:
+        pass  # it is not needed
+    except (OSError, ValueError) as error:
+        findings.append(
+            Finding(
+                "warning",
+                "keras.json",
+                f"{path} cannot be read: {error}. Keras takes no notice of it.",
+                "Correct or delete it.",
+            )
+        )
+    if environment.get("KERAS_BACKEND"):
+        backend, by = environment["KERAS_BACKEND"], "KERAS_BACKEND"
+    if backend not in BACKENDS:
+        why = "only infers" if backend == "openvino" else "no Keras knows"
+        findings.append(
+            Finding(
+                "error",
+                by,
+                f"Keras is to run on {backend!r}, which {why}.",
+                f"Set KERAS_BACKEND to one of {', '.join(BACKENDS)}.",
+            )
+        )
+    return backend, by
+
+
+def _conflicts(machine: Machine) -> list[Finding]:
+    """What is installed or set and does not go together."""
+    tensorflow, keras = machine.versions.get("tensorflow"), machine.versions.get("keras")
+    tf_keras = machine.versions.get("tf_keras")
+    found = []
+
+    def add(level: str, about: str, says: str, do: str) -> None:
+        found.append(Finding(level, about, says, do))
+
+    if len(machine.distributions) > 1:
+        listed = ", ".join(f"{name} {version}" for name, version in machine.distributions.items())
+        different = len({*machine.distributions.values()}) > 1
+        # On Windows, and on macOS, `tensorflow` only asks for the one that holds the files.
+        if different or not {"tensorflow-intel", "tensorflow-macos"} & {*machine.distributions}:
+            add(
+                "warning",
+                "TensorFlow",
+                f"Several packages hold the same files: {listed}.",
+                "Uninstall all of them, then install one.",
+            )
+    if tensorflow and keras:
+        if _minor(tensorflow) < (2, 16) and _minor(keras) >= (3, 0):
+            add(
+                "error",
+                "Keras",
+                f"Keras {keras} needs TensorFlow 2.16 or later; TensorFlow {tensorflow} is here, "
+                f"whose tf.keras is Keras 2.",
+                "Upgrade TensorFlow, or install the keras of TensorFlow's own number.",
+            )
+        if _minor(tensorflow) >= (2, 16) and _minor(keras) < (3, 0):
+            add(
+                "error",
+                "Keras",
+                f"TensorFlow {tensorflow} needs Keras 3; Keras {keras} is here.",
+                "pip install --upgrade keras",
+            )
+    if machine.legacy:
+        if tensorflow and _minor(tensorflow) < (2, 16):
+            add(
+                "note",
+                "TF_USE_LEGACY_KERAS",
+                f"Of no effect: TensorFlow {tensorflow} has Keras 2.",
+                "",
+            )
+        elif not machine.has("tf_keras"):
+            add(
+                "error",
+                "TF_USE_LEGACY_KERAS",
+                "It makes tf.keras be tf_keras, which is not installed.",
+                "pip install tf_keras, or unset TF_USE_LEGACY_KERAS.",
+            )
+        if machine.backend != "tensorflow":
+            add(
+                "warning",
+                "TF_USE_LEGACY_KERAS",
+                f"tf.keras is Keras 2 and runs on TensorFlow, while Keras 3 is to run on "
+                f"{machine.backend} ({machine.backend_by}).",
+                "Unset one of them.",
+            )
+    if tensorflow and tf_keras and _minor(tensorflow) != _minor(tf_keras):
+        add(
+            "warning",
+            "tf_keras",
+            f"tf_keras {tf_keras} is of another release than TensorFlow {tensorflow}.",
+            f"pip install 'tf_keras~={'.'.join(tensorflow.split('.')[:2])}.0'",
+        )
+    if machine.backend in BACKENDS and not machine.has(machine.backend) and not machine.legacy:
+        add(
+            "error",
+            machine.backend_by,
+            f"Keras is to run on {machine.backend}, which is not installed.",
+            f"pip install 'syncbn[{machine.backend}]', or set KERAS_BACKEND to what is there.",
+        )
+    return found
+
+
+def _minor(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
