@@ -42,10 +42,10 @@ def main(probe: Probe, arguments: list[str]) -> None:  # noqa: ARG001 - as every
 
     backend = keras.backend.backend()
     probe.found(keras="keras", version=["keras", keras.__version__], backend=backend)
-    _layers(probe, jax, keras, jax.sharding.Mesh(replicas, ("batch",)))
+    _layers(probe, keras, jax.sharding.Mesh(replicas, ("batch",)))
 
 
-def _layers(probe: Probe, jax: Any, keras: Any, mesh: Any) -> None:
+def _layers(probe: Probe, keras: Any, mesh: Any) -> None:
     normal = keras.layers.BatchNormalization
     kinds: list[tuple[str, str, Callable[..., Any]]] = [
         ("plain", "BatchNormalization()", normal),

@@ -84,7 +84,7 @@ def _layers(probe: Probe, torch: Any, rank: int) -> None:
             continue
         probe.found(layer={"name": name, "role": role})
         for case in probe.cases():
-            probe.measure(name, case, lambda case, make=make: _step(torch, keras, make, case, rank))
+            probe.measure(name, case, partial(_step, torch, keras, make, rank))
 
 
 def _ours() -> Any:
