@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -93,7 +94,12 @@ def run(arguments: argparse.Namespace) -> int:
             report = doctor.diagnose(
                 arguments.timeout, arguments.backend, arguments.peers_timeout, progress
             )
-    print(json.dumps(report.as_dict(), indent=2) if arguments.json else text_of(report))
+    try:
+        print(json.dumps(report.as_dict(), indent=2) if arguments.json else text_of(report))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Who reads has seen enough; Python would complain of it once more when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return report.exit_code
 
 

@@ -14,10 +14,10 @@ from collections.abc import Callable, Mapping
 from syncbn.doctor import verdict
 from syncbn.doctor.children import Outcome, run_probe
 from syncbn.doctor.cluster import read_cluster
-from syncbn.doctor.findings import Finding
 from syncbn.doctor.machine import BACKENDS, look
 from syncbn.doctor.peers import call_all
 from syncbn.doctor.table import LAST_WITH_KERAS_2, Subject, read, version_of
+from syncbn.doctor.trouble import of_devices, of_the_end
 from syncbn.doctor.verdict import Report
 from syncbn.errors import InputError
 
@@ -41,7 +41,6 @@ def diagnose(
     backend: str | None = None,
     peers_timeout: float = PATIENCE_WITH_PEERS,
     progress: Callable[[str], None] | None = None,
-    environment: Mapping[str, str] | None = None,
 ) -> Report:
     """The answer for this machine, by trying it.
 
@@ -50,7 +49,6 @@ def diagnose(
         backend: what Keras is to run on; by default what it does here.
         peers_timeout: seconds that each of the other workers has to answer.
         progress: told what is being done.
-        environment: variables to read; by default this process's.
 
     Raises:
         InputError: a timeout that is none.
@@ -60,7 +58,7 @@ def diagnose(
             raise InputError(
                 f"{name} requires seconds above 0. Received: {seconds!r}. Give another number."
             )
-    variables = dict(os.environ if environment is None else environment)
+    variables = dict(os.environ)
     if backend is not None:
         variables["KERAS_BACKEND"] = backend
     tell = progress or _silently
@@ -76,12 +74,8 @@ def diagnose(
     cluster = read_cluster(variables)
     answers, said = call_all(cluster, peers_timeout)
     findings = [*machine.findings, *cluster.findings, *said]
-    if outcome is not None and outcome.first("gpus") == 1:
-        findings.append(
-            Finding(
-                "note", "devices", "There is one GPU: the replicas of the test were on the CPU."
-            )
-        )
+    if outcome is not None:
+        findings += [*of_the_end(outcome, wanted), *of_devices(outcome)]
     subject = _subject(wanted, legacy, machine.versions, outcome)
     return verdict.by_trial(subject, read(), machine, wanted, outcome, answers, findings)
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import socket
-from concurrent.futures import ThreadPoolExecutor
+import threading
+import time
 
 from syncbn.doctor.cluster import Cluster
 from syncbn.doctor.findings import Finding
 
 __all__ = ["call", "call_all"]
 
-_AT_ONCE = 64
+_FOR_NAMES = 1.0  # seconds more, for looking names up
 _UNAUTHENTICATED = (
     "TensorFlow's server runs what anyone sends who can reach it: let a firewall allow these ports "
     "to the workers alone."
@@ -41,10 +42,7 @@ def call_all(cluster: Cluster, seconds: float) -> tuple[dict[str, str], list[Fin
     targets |= cluster.meeting
     if not targets:
         return {}, []
-    with ThreadPoolExecutor(min(_AT_ONCE, len(targets))) as pool:
-        answers = dict(
-            zip(targets, pool.map(lambda one: call(one, seconds), targets.values()), strict=True)
-        )
+    answers = _answers(targets, seconds)
     findings = []
     for name, answer in answers.items():
         variable = name if name in cluster.meeting else "TF_CONFIG"
@@ -53,6 +51,26 @@ def call_all(cluster: Cluster, seconds: float) -> tuple[dict[str, str], list[Fin
     if any(answer == "listens" for name, answer in answers.items() if name not in cluster.meeting):
         findings.append(Finding("warning", "TF_CONFIG", "A server listens.", _UNAUTHENTICATED))
     return {f"{name} ({targets[name]})": answer for name, answer in answers.items()}, findings
+
+
+def _answers(targets: dict[str, str], seconds: float) -> dict[str, str]:
+    """What came of each, all called at once.
+
+    Looking up a name takes no timeout: threads that are still at it are left alone, and end with
+    the process.
+    """
+    answers = dict.fromkeys(targets, f"no answer within {seconds:g} s (its name is not found)")
+
+    def ask(name: str, address: str) -> None:
+        answers[name] = call(address, seconds)
+
+    threads = [threading.Thread(target=ask, args=target, daemon=True) for target in targets.items()]
+    for thread in threads:
+        thread.start()
+    deadline = time.monotonic() + seconds + _FOR_NAMES
+    for thread in threads:
+        thread.join(max(0.0, deadline - time.monotonic()))
+    return dict(answers)
 
 
 def _said(variable: str, who: str, address: str, answer: str) -> Finding:

@@ -13,9 +13,9 @@ __all__ = ["text_of"]
 
 _WIDTH = 100
 _KNOWN = {
-    "run": "seen by running it",
-    "read": "read in its source",
-    "report": "reported, not run here",
+    "run": "",
+    "read": "read, not run",
+    "report": "reported, not run",
 }
 _BY = {
     "global": "yes",
@@ -35,7 +35,8 @@ def text_of(report: Report) -> str:
     parts = [_wrapped(report.sentence, "")]
     if report.tried:
         parts.append(_trial(report))
-    parts.append(_table(report))
+    if report.about:
+        parts.append(_table(report))
     if report.defects:
         parts.append(_defects(report))
     if report.row is not None:
@@ -71,9 +72,19 @@ def _trial(report: Report) -> str:
         cells = [_cell(layer.cases[case]) if case in layer.cases else "?" for case in cases]
         rows.append([layer.name, *cells, _moving(layer)])
     lines = [_wrapped(heading, ""), "", *_columns(rows)]
-    for name, because in report.refused.items():
-        if because != "gone":
-            lines += ["", _wrapped(f"{name} could not be tried: {because}", "    ", "  ")]
+    remarks = [
+        f"{name} could not be tried: {because}"
+        for name, because in report.refused.items()
+        if because != "gone"
+    ]
+    remarks += [
+        f"{layer.name}, {case}: {found['failed']}"
+        for layer in report.tried
+        for case, found in layer.cases.items()
+        if "failed" in found
+    ]
+    for remark in remarks:
+        lines += ["", _wrapped(remark, "    ", "  ")]
     if report.trouble:
         lines += ["", _wrapped(f"Not all of it was tried: {report.trouble}.", "    ", "  ")]
     return "\n".join(lines)
@@ -116,33 +127,35 @@ def _moving(layer: TriedLayer) -> str:
 def _table(report: Report) -> str:
     if report.row is None:
         return _wrapped(
-            f"{report.about or 'This'} is not in the table of versions, which ends at "
-            f"{report.table_ends}.",
+            f"{report.about} is not in the table of versions, which ends at {report.table_ends}.",
             "",
         )
     row = report.row
-    lines = [f"{report.about}, by the table of versions", "", _wrapped(row.says + ".", "  ")]
+    lines = [_wrapped(f"{report.about}, by the table of versions: {row.says}.", ""), ""]
     for layer in row.native:
         lines.append(f"    {layer}{'  (deprecated)' * (layer in row.deprecated)}")
-    lines.append(_wrapped(f"{_KNOWN[row.known]}: {'; '.join(row.sources)}", "    ", "  "))
+    lines.append(_wrapped(_evidence(row.known, row.sources) + "]", "   ", "  ["))
     return "\n".join(lines)
 
 
+def _evidence(known: str, sources: tuple[str, ...]) -> str:
+    return "; ".join(filter(None, [_KNOWN[known], *sources]))
+
+
 def _defects(report: Report) -> str:
-    return "\n\n".join(["Known defects of it", *map(_defect, report.defects)])
+    return "\n\n".join(["Known defects", *map(_defect, report.defects)])
 
 
 def _defect(defect: Defect) -> str:
+    sources = tuple(source for source in defect.sources if source not in defect.reports)
+    known = f"{defect.where()}; {_evidence(defect.known, sources)}"
     reports = ", ".join(defect.reports) or "no report found"
-    return (
-        "\n".join(
-            [
-                _wrapped(defect.says, "    ", "  - "),
-                _wrapped(f"Instead: {defect.instead}", "    "),
-                _wrapped(f"{defect.where()}; {_KNOWN[defect.known]}; {reports}", "      ", "    ["),
-            ]
-        )
-        + "]"
+    return "\n".join(
+        [
+            _wrapped(defect.says, "    ", "  - "),
+            _wrapped(f"Instead: {defect.instead}", "    "),
+            _wrapped(f"{known}; {reports}]", "     ", "    ["),
+        ]
     )
 
 
@@ -165,7 +178,9 @@ def _machine(report: Report) -> str:
     ]
     if "devices" in facts:
         lines.append(_wrapped(f"devices: {', '.join(facts['devices'])}", "    ", "  "))
-        lines.append(f"  collectives: {facts['collectives']}, GPUs: {facts['gpus']}")
+        gpus = "NCCL needs GPUs, of which it sees none" if not facts["gpus"] else "GPUs"
+        count = f"{facts['gpus']} " * bool(facts["gpus"])
+        lines.append(f"  collectives: {facts['collectives']} ({count}{gpus})")
     if "xla" in facts:
         lines.append(_wrapped(f"XLA: {facts['xla']}", "    ", "  "))
     lines += [f"  {who}: {answer}" for who, answer in report.peers.items()]

@@ -11,7 +11,7 @@ from syncbn.doctor.findings import Finding
 from syncbn.doctor.machine import Machine
 from syncbn.doctor.table import Defect, Row, Subject, Table
 
-__all__ = ["NAMES", "Report", "TriedLayer", "by_table", "by_trial"]
+__all__ = ["NAMES", "Report", "TriedLayer", "by_table", "by_trial", "tried_layers"]
 
 FORMAT = 1
 NAMES = {"tensorflow": "TensorFlow", "jax": "JAX", "torch": "torch"}
@@ -53,7 +53,7 @@ class Report:
     Attributes:
         available: True, False, or None where it cannot be told.
         sentence: the answer in one sentence.
-        about: the versions it is about.
+        about: the versions it is about; empty where there is nothing.
         row: what the table says of them, or None beyond its end.
         table_ends: where that is.
         defects: known of them.
@@ -151,7 +151,7 @@ def by_trial(
     if backend not in NAMES:
         trouble = f"Keras is to run on {backend!r} ({machine.backend_by}), on which nothing trains"
     if outcome is not None:
-        tried = _layers(outcome)
+        tried = tried_layers(outcome)
         refused = {one["layer"]: one["because"] for one in outcome.every("refused")}
         facts = _facts(outcome)
         trouble = outcome.trouble()
@@ -159,10 +159,10 @@ def by_trial(
     return Report(
         available,
         sentence,
-        str(subject),
-        rows[0] if rows else None,
+        "" if outcome is None else str(subject),
+        rows[0] if rows and outcome is not None else None,
         table.end(),
-        tuple(table.defects_of(subject)) if rows else (),
+        tuple(table.defects_of(subject)) if rows and outcome is not None else (),
         tried,
         refused,
         trouble,
@@ -173,7 +173,8 @@ def by_trial(
     )
 
 
-def _layers(outcome: Outcome) -> tuple[TriedLayer, ...]:
+def tried_layers(outcome: Outcome) -> tuple[TriedLayer, ...]:
+    """What a probe has measured, by layer."""
     measured: dict[str, dict[str, Any]] = {}
     for one in outcome.every("measured"):
         rest = {key: value for key, value in one.items() if key not in ("layer", "case")}
@@ -205,8 +206,8 @@ def _answer(
     broken = [layer for layer in ours if layer.failing() or not layer.synchronizes()]
     if broken:
         return False, (
-            f"No: {broken[0].name} does not synchronize here with {_listed(broken[0])}. That "
-            "should not be: please report it with the output of `syncbn doctor --json`."
+            f"No: {broken[0].name} {_fault(broken[0])}. That should not be: please report it with "
+            "the output of `syncbn doctor --json`."
         )
     working = [layer for layer in natives if layer.synchronizes()]
     if not ours and not working:
@@ -236,6 +237,14 @@ def _answer(
         else:
             parts.append(f"{layer.name} does not")
     return True, f"Yes: {'; '.join(parts)}."
+
+
+def _fault(layer: TriedLayer) -> str:
+    """What a layer does that was to synchronize and does not."""
+    failed = [case["failed"] for case in layer.cases.values() if "failed" in case]
+    if failed:
+        return f"ends here with an error ({failed[0]})"
+    return f"does not synchronize here with {_listed(layer)}"
 
 
 def _own_name(ours: list[TriedLayer]) -> str:

@@ -99,7 +99,8 @@ def _layers(probe: Probe, tf: Any, keras: Any, flavour: str, strategy: Any) -> N
     probe.doing("import syncbn")
     ours = probe.attempt("syncbn", lambda: _ours(flavour))
     if ours is not None:
-        kinds.append(("ours", "syncbn.SyncBatchNormalization()", ours))
+        module = "syncbn.tf_keras" if flavour == "tf_keras" else "syncbn"
+        kinds.append(("ours", f"{module}.SyncBatchNormalization()", ours))
     for role, name, make in kinds:
         probe.doing(f"make {name}")
         with strategy.scope():
