@@ -13,6 +13,8 @@ import sys
 import time
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+# This folder, in which `jax` and `torch` are tests.
+del sys.path[0]
 
 
 class Heard(logging.Handler):

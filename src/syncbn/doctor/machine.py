@@ -95,8 +95,17 @@ def _backend(environment: Mapping[str, str], findings: list[Finding]) -> tuple[s
     path /= "keras.json"
     try:
         config = json.loads(path.read_text("utf-8"))
-        if isinstance(config, dict) and "backend" in config:
-            backend, by = str(config["backend"]), str(path)
+        if isinstance(config, dict):
+            backend, by = str(config.get("backend", backend)), str(path)
+        else:
+            findings.append(
+                Finding(
+                    "error",
+                    "keras.json",
+                    f"{path} requires an object. Received: {config!r}, of which Keras dies.",
+                    "Correct or delete it.",
+                )
+            )
     except FileNotFoundError:
         pass  # it is not needed
     except (OSError, ValueError) as error:
