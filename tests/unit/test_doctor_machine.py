@@ -37,7 +37,7 @@ def test_this_machine_is_read_as_it_is():
 
 def test_nothing_at_all(installed):
     found = machine.look(installed())
-    assert {*found.versions} == {"python"}
+    assert {*found.versions} == {"python", "syncbn"}
     assert [one.about for one in found.findings] == ["Keras's default"]
     assert "pip install" in found.findings[0].do
 

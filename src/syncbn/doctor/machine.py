@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
@@ -64,6 +65,8 @@ def look(environment: Mapping[str, str] = os.environ) -> Machine:
         version = _version(name)
         if version is not None or _is_there(name):
             versions[name] = version
+    # Where it runs from a folder no package says its version.
+    versions["syncbn"] = sys.modules["syncbn"].__version__
     legacy = environment.get("TF_USE_LEGACY_KERAS", "").lower() in _TRUE
     findings: list[Finding] = []
     backend, backend_by = _backend(environment, findings)

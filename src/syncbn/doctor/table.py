@@ -203,7 +203,11 @@ def _text(version: Version) -> str:
 
 def scope_text(scope: dict[str, Any]) -> str:
     """Versions in words: "TensorFlow 2.2 to 2.11", "Keras 3.0 to 3.15 on JAX"."""
-    backend = {"jax": " on JAX", "torch": " on torch"}.get(scope.get("backend", ""), "")
+    places = {"jax": " on JAX", "torch": " on torch"}
+    # Where TensorFlow's own versions are named that says it.
+    if "tensorflow" not in scope:
+        places["tensorflow"] = " on TensorFlow"
+    backend = places.get(scope.get("backend", ""), "")
     parts = []
     if "tensorflow" in scope:
         parts.append(f"TensorFlow {_span(scope['tensorflow'])}")
