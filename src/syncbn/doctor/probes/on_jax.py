@@ -19,6 +19,8 @@ def main(probe: Probe, arguments: list[str]) -> None:  # noqa: ARG001 - as every
     flags = os.environ.get("XLA_FLAGS", "")
     if "xla_force_host_platform_device_count" not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=2".strip()
+    # The doctor is a guest on the GPUs: it leaves their memory to whoever trains.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     probe.doing("import jax")
     import jax
 

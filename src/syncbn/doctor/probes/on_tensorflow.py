@@ -117,12 +117,11 @@ def _ours(flavour: str) -> Any:
         import syncbn.tf_keras
 
         return syncbn.tf_keras.SyncBatchNormalization
+    # Asked first: of an older Keras the import would end with something else.
+    if flavour != "keras" or not _is_keras_3():
+        raise ImportError("syncbn requires Keras 3 or tf_keras, and TensorFlow 2.16 or later.")
     import syncbn
 
-    if flavour != "keras" or not _is_keras_3():
-        raise ImportError(
-            "syncbn requires Keras 3, or tf_keras. Received: the Keras 2 of TensorFlow up to 2.15."
-        )
     return syncbn.SyncBatchNormalization
 
 
