@@ -48,8 +48,14 @@ def call_all(cluster: Cluster, seconds: float) -> tuple[dict[str, str], list[Fin
         variable = name if name in cluster.meeting else "TF_CONFIG"
         who = "the coordinator" if name in cluster.meeting else name
         findings.append(_said(variable, who, targets[name], answer))
-    if any(answer == "listens" for name, answer in answers.items() if name not in cluster.meeting):
-        findings.append(Finding("warning", "TF_CONFIG", "A server listens.", _UNAUTHENTICATED))
+    listening = [
+        name
+        for name, answer in answers.items()
+        if answer == "listens" and name not in cluster.meeting
+    ]
+    if listening:
+        says = f"A server listens: {', '.join(listening)}."
+        findings.append(Finding("warning", "TF_CONFIG", says, _UNAUTHENTICATED))
     return {f"{name} ({targets[name]})": answer for name, answer in answers.items()}, findings
 
 
