@@ -8,7 +8,7 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -137,78 +137,62 @@ def _backend(environment: Mapping[str, str], findings: list[Finding]) -> tuple[s
 
 def _conflicts(machine: Machine) -> list[Finding]:
     """What is installed or set and does not go together."""
+    found = [*_of_packages(machine), *(_of_legacy(machine) if machine.legacy else ())]
+    if machine.backend in BACKENDS and not machine.has(machine.backend) and not machine.legacy:
+        found.append(
+            Finding(
+                "error",
+                machine.backend_by,
+                f"Keras is to run on {machine.backend}, which is not installed.",
+                f"pip install 'syncbn[{machine.backend}]', or set KERAS_BACKEND to what is there.",
+            )
+        )
+    return found
+
+
+def _of_packages(machine: Machine) -> Iterator[Finding]:
     tensorflow, keras = machine.versions.get("tensorflow"), machine.versions.get("keras")
     tf_keras = machine.versions.get("tf_keras")
-    found = []
-
-    def add(level: str, about: str, says: str, do: str) -> None:
-        found.append(Finding(level, about, says, do))
-
-    if len(machine.distributions) > 1:
-        listed = ", ".join(f"{name} {version}" for name, version in machine.distributions.items())
-        different = len({*machine.distributions.values()}) > 1
-        # On Windows, and on macOS, `tensorflow` only asks for the one that holds the files.
-        if different or not {"tensorflow-intel", "tensorflow-macos"} & {*machine.distributions}:
-            add(
-                "warning",
-                "TensorFlow",
-                f"Several packages hold the same files: {listed}.",
-                "Uninstall all of them, then install one.",
-            )
-    if tensorflow and keras:
-        if _minor(tensorflow) < (2, 16) and _minor(keras) >= (3, 0):
-            add(
-                "error",
-                "Keras",
-                f"Keras {keras} needs TensorFlow 2.16 or later; TensorFlow {tensorflow} is here, "
-                f"whose tf.keras is Keras 2.",
-                "Upgrade TensorFlow, or install the keras of TensorFlow's own number.",
-            )
-        if _minor(tensorflow) >= (2, 16) and _minor(keras) < (3, 0):
-            add(
-                "error",
-                "Keras",
-                f"TensorFlow {tensorflow} needs Keras 3; Keras {keras} is here.",
-                "pip install --upgrade keras",
-            )
-    if machine.legacy:
-        if tensorflow and _minor(tensorflow) < (2, 16):
-            add(
-                "note",
-                "TF_USE_LEGACY_KERAS",
-                f"Of no effect: TensorFlow {tensorflow} has Keras 2.",
-                "",
-            )
-        elif not machine.has("tf_keras"):
-            add(
-                "error",
-                "TF_USE_LEGACY_KERAS",
-                "It makes tf.keras be tf_keras, which is not installed.",
-                "pip install tf_keras, or unset TF_USE_LEGACY_KERAS.",
-            )
-        if machine.backend != "tensorflow":
-            add(
-                "warning",
-                "TF_USE_LEGACY_KERAS",
-                f"tf.keras is Keras 2 and runs on TensorFlow, while Keras 3 is to run on "
-                f"{machine.backend} ({machine.backend_by}).",
-                "Unset one of them.",
-            )
+    several = machine.distributions
+    # On Windows, and on macOS, `tensorflow` only asks for the one that holds the files.
+    asks = {"tensorflow-intel", "tensorflow-macos"} & {*several}
+    if len(several) > 1 and (len({*several.values()}) > 1 or not asks):
+        listed = ", ".join(f"{name} {version}" for name, version in several.items())
+        says = f"Several packages hold the same files: {listed}."
+        yield Finding("warning", "TensorFlow", says, "Uninstall all of them, then install one.")
+    if tensorflow and keras and _minor(tensorflow) < (2, 16) and _minor(keras) >= (3, 0):
+        yield Finding(
+            "error",
+            "Keras",
+            f"Keras {keras} needs TensorFlow 2.16 or later; TensorFlow {tensorflow} is here, whose "
+            "tf.keras is Keras 2.",
+            "Upgrade TensorFlow, or install the keras of TensorFlow's own number.",
+        )
+    if tensorflow and keras and _minor(tensorflow) >= (2, 16) and _minor(keras) < (3, 0):
+        says = f"TensorFlow {tensorflow} needs Keras 3; Keras {keras} is here."
+        yield Finding("error", "Keras", says, "pip install --upgrade keras")
     if tensorflow and tf_keras and _minor(tensorflow) != _minor(tf_keras):
-        add(
+        yield Finding(
             "warning",
             "tf_keras",
             f"tf_keras {tf_keras} is of another release than TensorFlow {tensorflow}.",
             f"pip install 'tf_keras~={'.'.join(tensorflow.split('.')[:2])}.0'",
         )
-    if machine.backend in BACKENDS and not machine.has(machine.backend) and not machine.legacy:
-        add(
-            "error",
-            machine.backend_by,
-            f"Keras is to run on {machine.backend}, which is not installed.",
-            f"pip install 'syncbn[{machine.backend}]', or set KERAS_BACKEND to what is there.",
+
+
+def _of_legacy(machine: Machine) -> Iterator[Finding]:
+    about, tensorflow = "TF_USE_LEGACY_KERAS", machine.versions.get("tensorflow")
+    if tensorflow and _minor(tensorflow) < (2, 16):
+        yield Finding("note", about, f"Of no effect: TensorFlow {tensorflow} has Keras 2.")
+    elif not machine.has("tf_keras"):
+        says = "It makes tf.keras be tf_keras, which is not installed."
+        yield Finding("error", about, says, "pip install tf_keras, or unset TF_USE_LEGACY_KERAS.")
+    if machine.backend != "tensorflow":
+        says = (
+            "tf.keras is Keras 2 and runs on TensorFlow, while Keras 3 is to run on "
+            f"{machine.backend} ({machine.backend_by})."
         )
-    return found
+        yield Finding("warning", about, says, "Unset one of them.")
 
 
 def _minor(version: str) -> tuple[int, ...]:
