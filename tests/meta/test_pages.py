@@ -12,6 +12,7 @@ PAGES = {
     "checkpoints": {"KERAS_BACKEND": "jax"},
     "conversion": {},
     "recalibration": {},
+    "verify": {},
     "tf-keras": {"TF_USE_LEGACY_KERAS": "1"},
 }
 MARK = "-- the next block --"
