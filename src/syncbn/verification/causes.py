@@ -64,7 +64,7 @@ _REMEDY_RANDOM = (
 )
 _FOR_TENSORFLOW = "syncbn.enable_multi_worker()"
 _SAME_NUMBERS = (
-    f"On TensorFlow Keras draws the same numbers on every replica, which {_FOR_TENSORFLOW} mends."
+    f" On TensorFlow Keras draws the same numbers on every replica, which {_FOR_TENSORFLOW} mends."
 )
 
 
@@ -86,9 +86,7 @@ def _of_output(evidence: Evidence, one: Comparison, call: LayerCall) -> Finding:
             one.layer,
             one.step,
             f"It draws random numbers, its inputs agree, and {size}: each replica draws its own.",
-            _REMEDY_RANDOM
-            if evidence.repair != _FOR_TENSORFLOW
-            else f"{_REMEDY_RANDOM} {_SAME_NUMBERS}",
+            f"{_REMEDY_RANDOM}{_SAME_NUMBERS * (evidence.repair == _FOR_TENSORFLOW)}",
         )
     if call.normalization is not None or call.class_name.endswith("Normalization"):
         return Finding(
@@ -255,7 +253,6 @@ def _first_backwards(
     agree; none where there is none behind.
     """
     calls = evidence.pair.structure.calls
-    spread = [*_of_spread(evidence)]
     place = {call.key: order for order, call in enumerate(calls)}
     wrong = {one.layer for one in failed}
     first = max(failed, key=lambda one: (place.get(one.layer, -1), one.excess))

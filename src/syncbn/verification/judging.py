@@ -30,6 +30,8 @@ from syncbn.verification.verdict import (
 
 __all__ = ["Judgement", "cannot_tell"]
 
+_OF_THE_MODEL = frozenset({Cause.NOT_SUMMED, Cause.STATISTICS})
+
 
 class Judgement:
     """Takes in the steps on replicas, one after another.
@@ -94,7 +96,9 @@ class Judgement:
                 departed += [] if departure is None else [departure]
         repair = None if self._on_replicas.repaired else self._on_replicas.repair
         for finding in findings_of(Evidence(number, pair, comparisons, departed, repair)):
-            self._findings.setdefault((finding.cause, finding.layer), finding)
+            # What holds for the whole model is said once.
+            layer = "" if finding.cause in _OF_THE_MODEL else finding.layer
+            self._findings.setdefault((finding.cause, layer), finding)
         self._comparisons += comparisons
         self._steps = number
         if self._undefined is None and not np.all(np.isfinite(reference.losses.get(0, [0.0]))):
