@@ -1,4 +1,4 @@
-"""Models that replicas train as one device does, for `verify` to acquit: of every kind people write.
+"""Models of every kind that replicas train as one device does, for `verify` to acquit.
 
 Each case makes a compiled model with `syncbn.SyncBatchNormalization`, or without normalization at
 all, and data for it. Small enough that hundreds of verifications of them are minutes.
