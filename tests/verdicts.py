@@ -27,7 +27,7 @@ STRANGE_NAMES = (
     "line\nbreak\ttab\x00null",
     "层归一化 🙂 ñ",
     "right\u202eleft \ud800 half",
-    "a-very-long-name-" * 12,
+    "a_very_long_name_" * 12,
     "{format} %s %(x)d",
 )
 _CLASSES = ("keras.Conv2D", "keras.BatchNormalization", "keras.ReLU")

@@ -32,7 +32,7 @@ class Evidence(NamedTuple):
 
 def findings_of(evidence: Evidence) -> Iterator[Finding]:
     """The causes that this step shows, the first one first."""
-    number, pair, parts = evidence.number, evidence.pair, evidence.pair.parts()
+    number, pair, parts = evidence.number, evidence.pair, evidence.pair.parts
     if evidence.failed(Kind.INPUT):
         yield Finding(
             Cause.DATA,

@@ -158,7 +158,7 @@ def write_json(verdict: Verdict, path: str | Path) -> None:
             fields.append(f"  {_dumped(name)}: {_dumped(value)}")
     text = "{\n" + ",\n".join(fields) + "\n}\n"
     with written_whole(Path(path)) as temporary:
-        # Half a surrogate pair, which a name may hold and UTF-8 cannot, is written as JSON's \udxxx.
+        # Half a surrogate pair, which a name may hold and UTF-8 cannot, becomes JSON's \udxxx.
         temporary.write_bytes(text.encode("utf-8", "backslashreplace"))
 
 

@@ -87,7 +87,7 @@ class Judgement:
             for one in measure(pair)
         ]
         departed: list[Departed] = []
-        parts = pair.parts()
+        parts = pair.parts
         if parts.complete:
             for comparison, departure in compared(number, pair, parts, self._tolerances):
                 comparisons.append(comparison)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -42,7 +44,8 @@ class Measured(NamedTuple):
     allowance: float = 0.0
 
 
-class Pair(NamedTuple):
+@dataclass(frozen=True)
+class Pair:
     """A step on one device, and the same on replicas or with other roundings."""
 
     structure: Structure  # of the first
@@ -53,6 +56,7 @@ class Pair(NamedTuple):
     sharing: Sharing
     gradient_tolerance: Mapping[str, float]  # relative to the largest gradient of the variable
 
+    @functools.cached_property
     def parts(self) -> Parts:
         """Who held which examples."""
         return parts_of(
@@ -71,7 +75,7 @@ class Pair(NamedTuple):
             return of_replicas[0]
         if sharing.summed_losses:
             return sum(of_replicas.values())
-        rows = self.parts().rows
+        rows = self.parts.rows
         # An empty part has no mean.
         means = {replica: loss for replica, loss in of_replicas.items() if len(rows[replica])}
         weights = [len(rows[replica]) for replica in means]
@@ -90,7 +94,7 @@ class Pair(NamedTuple):
 
 def measure(pair: Pair) -> list[Measured]:
     """Every difference of the step."""
-    parts = pair.parts()
+    parts = pair.parts
     return [
         Measured(Kind.INPUT, "batch", "", 0.0 if parts.complete else float("nan")),
         *_outputs(pair, parts),
@@ -158,7 +162,7 @@ def _variables(pair: Pair) -> Iterator[Measured]:
     expected = pair.reference.after[0]
     number = -1
     largest = _largest_step(pair)
-    for place, variable in enumerate(pair.structure.variables):
+    for place, variable in enumerate(pair.structure.compared):
         number += variable.trainable
         if variable.kind == "state":
             gap = difference(after[place], expected[place]) * scale_of(expected[place])
@@ -194,7 +198,7 @@ def _largest_step(pair: Pair) -> float:
     steps = [
         np.abs(np.asarray(after, np.float64) - np.asarray(before, np.float64))
         for variable, before, after in zip(
-            pair.structure.variables, pair.before, pair.reference.after[0], strict=True
+            pair.structure.compared, pair.before, pair.reference.after[0], strict=False
         )
         if variable.kind == "weight"
     ]
@@ -220,7 +224,7 @@ def _weight(
     gradient = pair.reference.gradients.get(0, {}).get(number)
     if gradient is None:
         return float(gap.max()) / scale, 0.0
-    path = pair.structure.variables[place].path
+    path = pair.structure.compared[place].path
     delta = pair.gradient_tolerance.get(path, 0.0) * gradient_scale(pair, number)
     gradient = np.abs(np.asarray(gradient, np.float64))
     share = np.minimum(1.0, 2 * delta / np.maximum(gradient, 1e-300))
@@ -237,7 +241,7 @@ def _weight(
 def _spread(pair: Pair) -> Iterator[Measured]:
     """How far the copies of one variable are from each other."""
     copies = [values for _, values in sorted(pair.own.after.items())]
-    for place, variable in enumerate(pair.structure.variables):
+    for place, variable in enumerate(pair.structure.compared):
         if variable.kind not in {"weight", "state"} or len(copies) < 2:
             continue
         first = copies[0][place]

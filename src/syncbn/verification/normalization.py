@@ -13,7 +13,7 @@ import numpy as np
 
 from syncbn.moments import Moments, merge
 
-__all__ = ["Normalization", "Statistics", "hypotheses"]
+__all__ = ["Normalization", "Statistics", "by_the_global_batch", "hypotheses"]
 
 
 class Normalization(NamedTuple):
@@ -125,18 +125,22 @@ def _of(moments: Moments) -> tuple[Any, Any]:
     return moments.mean, moments.variance(np)
 
 
+def by_the_global_batch(layer: Normalization) -> Statistics:
+    """By which statistics it should have normalized."""
+    replicas = list(layer.parts)
+    return dict.fromkeys(replicas, _of(layer.moments(replicas)))
+
+
 def hypotheses(layer: Normalization) -> dict[str, Statistics]:
-    """By which statistics a layer might have normalized: "global" is what it should."""
+    """By which other statistics a layer might have normalized."""
     replicas = list(layer.parts)
     local = {replica: layer.moments([replica]) for replica in replicas}
-    whole = _of(layer.moments(replicas))
     unmasked = layer.moments(replicas, masked=False)
     present = [moments for moments in local.values() if np.any(moments.count)]
     mean = np.mean([moments.mean for moments in present], axis=0)
     square = np.mean([moments.variance(np) + moments.mean**2 for moments in present], axis=0)
     within = np.mean([moments.variance(np) for moments in present], axis=0)
     found: dict[str, Statistics] = {
-        "global": dict.fromkeys(replicas, whole),
         "local": {replica: _of(moments) for replica, moments in local.items()},
         "equal weights": dict.fromkeys(replicas, (mean, square - mean**2)),
         "equal weights, within": dict.fromkeys(replicas, (mean, within)),

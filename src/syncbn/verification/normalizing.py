@@ -10,7 +10,7 @@ import numpy as np
 
 from syncbn.verification.aligning import Parts
 from syncbn.verification.measuring import Pair
-from syncbn.verification.normalization import Normalization, hypotheses
+from syncbn.verification.normalization import Normalization, by_the_global_batch, hypotheses
 from syncbn.verification.normalizations import normalizations
 from syncbn.verification.recording import LayerCall
 from syncbn.verification.tolerances import Tolerances
@@ -48,17 +48,17 @@ def compared(
     for call, layer in normalizations(pair.own_structure, pair.own, parts, pair.sharing):
         key = keys[call.key]
         tolerance = tolerances.of_normalization(call.dtype, layer.conditioning())
-        candidates = hypotheses(layer)
-        gap = layer.difference(candidates["global"])
+        gap = layer.difference(by_the_global_batch(layer))
         comparison = Comparison(Kind.NORMALIZATION, key, key, number, gap, tolerance)
         if comparison.agrees:
             yield comparison, None
             continue
-        by = min(
-            (name for name in candidates if name != "global"),
-            key=lambda name: _or_infinite(layer.difference(candidates[name])),
-        )
-        explained = layer.difference(candidates[by]) <= max(tolerance, 1e-2 * gap)
+        gaps = {
+            name: _or_infinite(layer.difference(statistics))
+            for name, statistics in hypotheses(layer).items()
+        }
+        by = min(gaps, key=lambda name: gaps[name])
+        explained = gaps[by] <= max(tolerance, 1e-2 * gap)
         yield comparison, Departed(key, call, layer, comparison, by if explained else "")
 
 

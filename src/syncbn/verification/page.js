@@ -1,7 +1,7 @@
 "use strict";
 // The page says everything without this; it makes the picture and the tables quicker to read.
 const readout = document.getElementById("readout");
-const picture = document.querySelector("figure svg");
+const picture = document.querySelector("figure .scroll svg");
 const row = (cell) => document.getElementById(`layer-${cell.dataset.layer}`);
 if (picture) {
   const said = readout.textContent;
@@ -43,6 +43,3 @@ for (const button of document.querySelectorAll("thead button")) {
     body.append(...sorted);
   });
 }
-window.addEventListener("beforeprint", () => {
-  document.querySelectorAll("details").forEach((details) => { details.open = true; });
-});

@@ -13,7 +13,7 @@ from typing import Any
 
 from syncbn.errors import InputError
 from syncbn.files import check_writable, written_whole
-from syncbn.verification.picture import LEGEND, Shade, drawn
+from syncbn.verification.picture import CROSS, LEGEND, Shade, drawn
 from syncbn.verification.rows import (
     Row,
     figure,
@@ -23,7 +23,7 @@ from syncbn.verification.rows import (
     rows_of,
     said_of,
 )
-from syncbn.verification.text import setting_in_words
+from syncbn.verification.text import model_name, setting_in_words
 from syncbn.verification.verdict import Comparison, Kind, Outcome, Verdict
 
 __all__ = ["as_html", "check_page", "write_page"]
@@ -180,7 +180,7 @@ def _figure(verdict: Verdict) -> Iterator[str]:
         "ul", *(_element("li", _swatch(shade), shade.words) for shade in LEGEND), class_="legend"
     )
     yield _section(
-        "Where it departs" if not verdict.agrees else "Where it agrees",
+        "Differences by layer and step",
         _element(
             "p",
             "Each column is a layer, in the order in which a step calls them; each line of a panel "
@@ -206,7 +206,7 @@ def _figure(verdict: Verdict) -> Iterator[str]:
 
 
 def _swatch(shade: Shade) -> _Markup:
-    cross = '<text x="8" y="12.5" text-anchor="middle" font-size="13">×</text>'
+    cross = f'<text x="8" y="12.5" text-anchor="middle" font-size="13" fill="{CROSS}">×</text>'
     return _Markup(
         f'<svg viewBox="0 0 16 16" aria-hidden="true"><rect width="16" height="16" '
         f'fill="{shade.colour}"/>{cross if math.isnan(shade.most) else ""}</svg>'
@@ -217,9 +217,7 @@ def _model(verdict: Verdict) -> Iterator[str]:
     rows = [
         _element(
             "tr",
-            _element(
-                "th", one.kind.value if one.kind is not Kind.METRIC else one.name, scope="row"
-            ),
+            _element("th", model_name(one), scope="row"),
             _element(
                 "td",
                 said_of(one),

@@ -1,4 +1,4 @@
-"""The picture of divergence by layer and step: matplotlib's drawing as SVG that stands in a page."""
+"""The picture of divergence by layer and step: matplotlib's drawing as SVG for a page."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from xml.etree import ElementTree
 from syncbn.verification.rows import LAYER_KINDS, Row, figure, kinds_of, printable, rows_of
 from syncbn.verification.verdict import Comparison, Kind, Verdict
 
-__all__ = ["LEGEND", "Shade", "drawn", "shade_of"]
+__all__ = ["CROSS", "LEGEND", "Shade", "drawn", "shade_of"]
 
 
 class Shade(NamedTuple):
@@ -44,6 +44,8 @@ LEGEND = (
     Shade(math.nan, "#c77cd6", "NaN or infinite"),
 )
 _NAN = LEGEND[-1]
+# On the shade of NaN, in light and dark.
+CROSS = "#141414"
 # Whatever is black takes the colour of the page's text; no shade is.
 _BLACK = "#000000"
 _LEFT, _RIGHT, _TOP, _GAP = 122.0, 150.0, 30.0, 14.0
@@ -60,12 +62,7 @@ def shade_of(one: Comparison) -> Shade:
     """By how many times the tolerance it is off."""
     if not math.isfinite(one.difference):
         return _NAN
-    return next(shade for shade in LEGEND if _fits(one, shade))
-
-
-def _fits(one: Comparison, shade: Shade) -> bool:
-    # What is not 0 is not, however little it is.
-    return one.excess <= shade.most and (one.difference == 0.0 or shade.most > 0.0)
+    return next(shade for shade in LEGEND if one.excess <= shade.most)
 
 
 class _Grid(NamedTuple):
@@ -201,9 +198,8 @@ def _draw_panel(
             )
         )
         if shade is _NAN and grid.breadth >= 5 and grid.height >= 5:
-            _text(
-                axes, x + grid.breadth / 2, y + grid.height / 2, "×", ha="center", gid=f"nan-{gid}"
-            )
+            middle = x + (grid.breadth - gap) / 2, y + grid.height / 2
+            _text(axes, *middle, "×", ha="center", color=CROSS)
         titles[gid] = _title(grid.rows[place], kind, one)
     _draw_frame(axes, grid, number, worst)
     return titles
@@ -240,13 +236,12 @@ def _draw_frame(
 
 
 def _title(row: Row, kind: Kind, one: Comparison) -> str:
-    times = f"{figure(one.excess)} times" if one.tolerance else "beyond"
-    share = "within" if one.agrees and not one.tolerance else times
-    said = "agrees" if one.agrees else "departs"
+    times = f", {figure(one.excess)} times that" if math.isfinite(one.excess) else ""
+    answer = "agrees" if one.agrees else "departs"
     name = "" if one.name == one.layer else f" ({printable(one.name)})"
     return (
-        f"{row.number} {printable(row.layer.path)}, step {one.step}, {kind.value}{name}: {said}, "
-        f"{figure(one.difference)} is {share} the tolerance {figure(one.tolerance)}"
+        f"{row.number} {printable(row.layer.path)}, step {one.step}, {kind.value}{name}: {answer}; "
+        f"{figure(one.difference)}, tolerance {figure(one.tolerance)}{times}"
     )
 
 
@@ -314,7 +309,7 @@ def _in_words(grid: _Grid) -> str:
 
 
 def _for_a_page(drawing: bytes, titles: Mapping[str, str], words: str) -> str:
-    """The drawing with titles and without what a strict policy refuses, such as style attributes."""
+    """The drawing with titles, and without what a strict policy refuses: style attributes."""
     ElementTree.register_namespace("", _SVG)
     ElementTree.register_namespace("xlink", _XLINK)
     root = ElementTree.fromstring(drawing)

@@ -54,6 +54,11 @@ class Structure(NamedTuple):
         return [call.key for call in self.calls]
 
     @property
+    def compared(self) -> list[Variable]:
+        """Those whose values after the step are recorded; the optimizer's come behind them."""
+        return [variable for variable in self.variables if variable.kind != "optimizer"]
+
+    @property
     def trainable(self) -> list[Variable]:
         """In the order of the gradients."""
         return [variable for variable in self.variables if variable.trainable]
@@ -69,7 +74,7 @@ class Step:
         data: the flat tensors of the part of the batch.
         losses: those that the step computed, as it computed them.
         gradients: by number of the trainable variable, as the optimizer was given them.
-        after: all variables after the step.
+        after: all variables after the step but the optimizer's.
         logs: what Keras reports of the step.
     """
 

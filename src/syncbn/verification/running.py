@@ -96,6 +96,7 @@ class _Observer(keras.callbacks.Callback):
         found = _variables(model)
         self._variables = tuple(variable for variable, _ in found)
         self._all = [variable for _, variable in found]
+        self._compared = [variable for kind, variable in found if kind.kind != "optimizer"]
         self._before: list[Any] = []
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
@@ -114,7 +115,8 @@ class _Observer(keras.callbacks.Callback):
         """Take what was recorded."""
         backend().wait(self.model)
         step = self._recorder.taken()
-        step.after = backend().values(self._all, self._strategy)
+        # What an optimizer remembers shows in the next step, and is the largest part of all.
+        step.after = backend().values(self._compared, self._strategy)
         step.logs = {
             name: float(np.mean(keras.ops.convert_to_numpy(value)))
             for name, value in (logs or {}).items()

@@ -26,6 +26,8 @@ __all__ = ["as_text", "headline", "show"]
 WIDTH = 100
 _GAP = 2
 _LEAST_NAME = 16
+# What a table needs for names, and for each kind.
+_NAME, _COLUMN = 24, 12
 _HEADINGS = {
     Kind.STATISTIC: "moving\nstatistics",
     Kind.SPREAD: "spread over\nreplicas",
@@ -62,8 +64,9 @@ def as_text(verdict: Verdict, width: int = WIDTH, every: bool = False) -> str:
     lines: list[str] = []
     for part in _before_the_table(verdict):
         lines += _wrapped(part, width)
-    lines += _plain_table(_table(verdict, every), width)
-    for part in _behind_the_table(verdict):
+    kinds = _fitting(verdict, width)
+    lines += _plain_table(_table(verdict, kinds, every), width)
+    for part in _behind_the_table(verdict, kinds):
         lines += _wrapped(part, width)
     return "\n".join(lines)
 
@@ -85,10 +88,11 @@ def show(verdict: Verdict, file: TextIO | None = None, every: bool = False) -> N
         return
     for part in _before_the_table(verdict):
         _print_rich(console, part)
-    lines = _table(verdict, every)
-    if len(lines) > 1:
+    kinds = _fitting(verdict, console.width)
+    lines = _table(verdict, kinds, every)
+    if lines:
         console.print(_rich_table(lines))
-    for part in _behind_the_table(verdict):
+    for part in _behind_the_table(verdict, kinds):
         _print_rich(console, part)
 
 
@@ -102,16 +106,30 @@ def _before_the_table(verdict: Verdict) -> Iterator[_Paragraph]:
     for number, one in enumerate(of_model(verdict)):
         if not number:
             yield _Paragraph("")
-        name = one.kind.value if one.kind is not Kind.METRIC else f"metric {printable(one.name)}"
         mark = "" if one.agrees else "  departs"
-        yield _Paragraph(f"{name}: {said_of(one)}{mark}", style="" if one.agrees else "red")
+        yield _Paragraph(
+            f"{model_name(one)}: {said_of(one)}{mark}", style="" if one.agrees else "red"
+        )
     if kinds_of(verdict):
         yield _Paragraph("")
 
 
-def _table(verdict: Verdict, every: bool) -> list[_Line]:
+def _fitting(verdict: Verdict, width: int) -> list[Kind]:
+    """The kinds whose columns fit; those that agree everywhere give way first."""
+    kinds = list(kinds_of(verdict))
+    worst = {kind: verdict.worst(kind) for kind in kinds}
+
+    def stays(kind: Kind) -> tuple[bool, bool]:
+        one = worst[kind]
+        return kind is Kind.OUTPUT, one is not None and not one.agrees
+
+    while len(kinds) > 1 and _NAME + _COLUMN * len(kinds) > width:
+        kinds.remove(min(reversed(kinds), key=stays))
+    return kinds
+
+
+def _table(verdict: Verdict, kinds: Sequence[Kind], every: bool) -> list[_Line]:
     """The heading and a line for each layer, or for a run of them."""
-    kinds = kinds_of(verdict)
     if not kinds:
         return []
     head = ("layer\nclass", *(_HEADINGS.get(kind, f"\n{kind.value}") for kind in kinds))
@@ -142,8 +160,15 @@ def _cell(one: Comparison) -> str:
     return f"{mark}{figure(one.difference)}{step}\n{relation} {figure(one.tolerance)}"
 
 
-def _behind_the_table(verdict: Verdict) -> Iterator[_Paragraph]:
-    if kinds_of(verdict):
+def _behind_the_table(verdict: Verdict, kinds: Sequence[Kind]) -> Iterator[_Paragraph]:
+    for kind in kinds_of(verdict):
+        one = verdict.worst(kind)
+        if kind not in kinds and one is not None:
+            yield _Paragraph(
+                f"No room above for {kind.value}; at worst {said_of(one)}: {printable(one.name)}",
+                style="" if one.agrees else "red",
+            )
+    if kinds:
         yield _Paragraph("")
         yield _Paragraph(
             "Of each layer the worst of all steps: difference @step, and ≤ the tolerance, or > it "
@@ -169,13 +194,28 @@ def _behind_the_table(verdict: Verdict) -> Iterator[_Paragraph]:
         yield _Paragraph(f"Note: {printable(note)}")
 
 
+def model_name(one: Comparison) -> str:
+    """What was compared of the model as a whole."""
+    return f"metric {printable(one.name)}" if one.kind is Kind.METRIC else one.kind.value
+
+
 def settings_in_words(settings: Mapping[str, Any]) -> str:
     """All in one line."""
-    return ", ".join(f"{name} {setting_in_words(value)}" for name, value in settings.items())
+    return "; ".join(
+        f"{printable(name)}: {setting_in_words(value)}" for name, value in settings.items()
+    )
 
 
 def setting_in_words(value: Any) -> str:
-    """Text as it is, all else as JSON has it."""
+    """Text as it is, several values in a line, all else as JSON has it."""
+    if isinstance(value, Mapping):
+        return ", ".join(
+            f"{printable(name)} {setting_in_words(item)}" for name, item in value.items()
+        )
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(setting_in_words, value))
+    if value is None:
+        return "none"
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
     return printable(text)
 
@@ -189,7 +229,7 @@ def _wrapped(part: _Paragraph, width: int) -> list[str]:
 
 
 def _plain_table(lines: Sequence[_Line], width: int) -> Iterator[str]:
-    if len(lines) < 2:
+    if not lines:
         return
     split = [[cell.split("\n") for cell in line.cells] for line in lines]
     widths = [max(len(part) for row in split for part in row[at]) for at in range(len(split[0]))]
@@ -221,7 +261,7 @@ def _print_rich(console: Any, part: _Paragraph) -> None:
     from rich.text import Text
 
     # Never as markup: names of layers are anything.
-    console.print(Padding(Text(part.text, part.style), (0, 0, 0, part.indent)))
+    console.print(Padding(Text(part.text, part.style), (0, 0, 0, part.indent), expand=False))
 
 
 def _rich_table(lines: Sequence[_Line]) -> Any:
