@@ -180,11 +180,11 @@ def state_scale(pair: Pair, place: int) -> float:
     Its largest value; for one that is next to nothing beside the others of its layer a thousandth
     of theirs, as a moving mean of inputs whose mean is 0 but for rounding.
     """
-    layer = pair.structure.variables[place].layer
+    layer = pair.structure.compared[place].layer
     values = [
         float(np.max(np.abs(np.asarray(value, np.float64)), initial=0.0))
         for number, (variable, value) in enumerate(
-            zip(pair.structure.variables, pair.reference.after[0], strict=True)
+            zip(pair.structure.compared, pair.reference.after[0], strict=False)
         )
         if variable.kind == "state" and (number == place or (layer and variable.layer == layer))
     ]
