@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import inspect
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,6 +23,7 @@ __all__ = [
     "excludes_from_autocast",
     "in_symbolic_scope",
     "knows_renorm",
+    "names_from_the_start",
     "without_autocast",
     "xp",
 ]
@@ -112,6 +116,20 @@ def in_symbolic_scope() -> bool:
 def knows_renorm() -> bool:
     """Whether Keras's BatchNormalization renormalizes: it does since 3.13."""
     return "renorm" in inspect.signature(keras.layers.BatchNormalization.__init__).parameters
+
+
+@contextlib.contextmanager
+def names_from_the_start() -> Iterator[None]:
+    """Meanwhile Keras counts names such as `dense_3` anew, so that two builds have the same."""
+    from keras.src.backend.common import global_state
+
+    key = "object_name_uids"
+    before = global_state.get_global_attribute(key)
+    global_state.set_global_attribute(key, collections.defaultdict(int))
+    try:
+        yield
+    finally:
+        global_state.set_global_attribute(key, before)
 
 
 def without_autocast() -> Any:

@@ -58,7 +58,8 @@ def _sum(value: Any) -> Any:
 
 def _number() -> Any:
     """Of the replica, from 0."""
-    return keras.ops.cast(_replicas().replica_id_in_sync_group, "float32")
+    context = _replicas()  # none while Keras asks for shapes
+    return keras.ops.cast(0 if context is None else context.replica_id_in_sync_group, "float32")
 
 
 class Standardized(layers.Layer):
@@ -72,6 +73,7 @@ class MeanOfMeans(layers.BatchNormalization):
     """A homemade synchronization: the mean over replicas of their means, however many examples."""
 
     def _moments(self, inputs: Any, mask: Any) -> Any:
+        del mask
         mean, square = keras.ops.mean(inputs, 0), keras.ops.mean(keras.ops.square(inputs), 0)
         count = float(_replicas().num_replicas_in_sync)
         mean, square = _sum(mean) / count, _sum(square) / count
@@ -92,6 +94,7 @@ class CountsReplicas(layers.Layer):
     """A moving state that is summed over replicas, without any part in the outputs."""
 
     def build(self, shape: Any) -> None:
+        del shape
         self.seen = self.add_weight(shape=(), initializer="zeros", trainable=False, name="seen")
 
     def call(self, inputs: Any, training: Any = None) -> Any:
@@ -194,6 +197,7 @@ class MeanOfBatches(keras.metrics.Metric):
         self.count = self.add_weight(shape=(), initializer="zeros", name="count")
 
     def update_state(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> None:
+        del sample_weight
         self.total.assign(self.total + keras.ops.mean(keras.ops.abs(y_true - y_pred)))
         self.count.assign(self.count + 1.0)
 

@@ -1,4 +1,4 @@
-"""Verifies the models of `acquitted` over and over: seeds, dtypes, replicas; how near is conviction?
+"""Verifies the models of `acquitted` over and over, and says how near each is to conviction.
 
 python -m tests.verified.matrix --seeds 5 --dtypes float32 mixed_bfloat16 --replicas 2 3 4
 """

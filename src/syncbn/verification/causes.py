@@ -193,14 +193,14 @@ def _of_gradients(evidence: Evidence, parts: Parts) -> Finding:
     failed = evidence.failed(Kind.GRADIENT)
     worst, between = _first_backwards(evidence, failed)
     said = (
-        f"All outputs and the loss agree, and {len(failed)} of "
+        f"All outputs{' and the loss' * bool(pair.own.losses)} agree, and {len(failed)} of "
         f"{len(pair.structure.trainable)} gradients do not"
     )
     ratio = _common_ratio(pair)
     if ratio is not None and _is_count(ratio, parts, worst.tolerance):
         return Finding(
             Cause.LOSS_COUNT,
-            worst.layer,
+            "",
             evidence.number,
             f"All outputs agree, and all gradients are {ratio:.4g} times those of one device.",
             _repair("Divide the sum of the losses by the size of the global batch", evidence),
@@ -208,7 +208,7 @@ def _of_gradients(evidence: Evidence, parts: Parts) -> Finding:
     if _agrees_reweighted(pair, parts, failed):
         return Finding(
             Cause.EQUAL_WEIGHTS,
-            worst.layer,
+            "",
             evidence.number,
             _mean_of_means(said, parts),
             _repair("Divide the sum over all examples by their number", evidence),

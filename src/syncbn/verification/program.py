@@ -12,6 +12,7 @@ from typing import Any
 
 import keras
 
+from syncbn._keras import names_from_the_start
 from syncbn.errors import InputError
 from syncbn.verification.batches import Batches
 
@@ -137,6 +138,11 @@ def built_model(build_model: Callable[[], Any], batches: Batches) -> Any:
     Raises:
         InputError: the function fails, or returns no compiled model, or the data do not fit it.
     """
+    with names_from_the_start():
+        return _built_model(build_model, batches)
+
+
+def _built_model(build_model: Callable[[], Any], batches: Batches) -> Any:
     try:
         model = build_model()
     except TypeError as error:
