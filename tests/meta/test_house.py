@@ -84,6 +84,7 @@ LAYERS = [
     *("errors", "files", "moments", "groups", "renorm", "places", "_backends", "_keras", "ragged"),
     *("averaging", "arguments", "weighting", "moving", "own_arguments", "layer", "tf_keras"),
     *("compat", "conversion", "portable", "checkpoints", "folding", "recalibration"),
+    "monitoring",
     *("training", "bench", "cli"),
 ]
 
