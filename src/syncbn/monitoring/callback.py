@@ -34,11 +34,11 @@ class SyncMonitor(keras.callbacks.Callback):
 
         d_r = √(1/C · Σ_c (mean_rc − mean_c)² / (variance_c + epsilon))
         v_r = 1/C · Σ_c |log((variance_rc + epsilon) / (variance_c + epsilon))|
-        s = max_c max(max_r moving_mean_rc − min_r moving_mean_rc, max_r σ_rc − min_r σ_rc) / min_r σ_rc
+        s = max_c max(max_r m_rc − min_r m_rc, max_r σ_rc − min_r σ_rc) / min_r σ_rc
 
-    over the C channels c, where `σ² = moving_variance + epsilon`. d is what normalizing by its own
-    statistics would shift a replica's outputs by, in standard deviations, v what it would scale
-    them by: what synchronizing prevents. s is to be 0.
+    over the C channels c, where m is `moving_mean` and `σ² = moving_variance + epsilon`. d is what
+    normalizing by its own statistics would shift a replica's outputs by, in standard deviations, v
+    what it would scale them by: what synchronizing prevents. s is to be 0.
 
     In `History.history`, once an epoch, for each layer and by its path: `sync/<layer>/…` with
     `mean_distance` (the largest d_r), `mean_distance_average` (over the replicas),
@@ -121,7 +121,7 @@ class SyncMonitor(keras.callbacks.Callback):
                 self._read,
             )
             self._watched_model, self._watched = self.model, watched
-            self._ledger = Ledger(watched, self._watch.replicas)
+            self._ledger = Ledger(watched, self._watch.replicas, self._watch.plain_is_global)
             self._epochs = []
         self._left = left
         if self._log_dir is not None and self._watch.writes:
@@ -140,8 +140,8 @@ class SyncMonitor(keras.callbacks.Callback):
             self._warned_of_loss = True
             warnings.warn(
                 "SyncMonitor requires the training step that it has put in. Received: another one, "
-                "of a second SyncMonitor or of model.compile() during fit. Nothing is recorded from "
-                "there on: use one monitor, and compile before fit.",
+                "of a second SyncMonitor or of model.compile() during fit. Nothing is recorded "
+                "from there on: use one monitor, and compile before fit.",
                 stacklevel=2,
             )
         self._watch.read()

@@ -34,7 +34,7 @@ class Parted(NamedTuple):
     """A layer whose moving statistics differ between replicas."""
 
     path: str
-    layer: Any
+    synchronized: bool
     replicas: tuple[int, ...]  # that hold others than the first
     spread: float
 
@@ -45,10 +45,16 @@ class Ledger:
     Args:
         watched: its layers.
         replicas: how many there are.
+        plain_is_global: whether Keras's own layers normalize by the global batch.
     """
 
-    def __init__(self, watched: Sequence[Watched], replicas: int) -> None:
+    def __init__(
+        self, watched: Sequence[Watched], replicas: int, plain_is_global: bool = False
+    ) -> None:
         self._watched, self._replicas = watched, replicas
+        self._synchronized = [
+            plain_is_global or bool(getattr(one.layer, "synchronized", False)) for one in watched
+        ]
         self._channels = [int(one.layer.moving_mean.shape[0]) for one in watched]
         self._epsilons = [float(one.layer.epsilon) for one in watched]
         size = len(watched)
@@ -76,8 +82,8 @@ class Ledger:
         self._spread, others = spread(reading, self._channels, self._epsilons)
         parted = [
             Parted(
-                self._watched[layer].path,
-                self._watched[layer].layer,
+                self._watched[int(layer)].path,
+                self._synchronized[int(layer)],
                 tuple(map(int, np.flatnonzero(others[:, layer]))),
                 float(self._spread[layer]),
             )
@@ -131,17 +137,22 @@ class Ledger:
 
     def _of(self, layer: int) -> LayerReport:
         readings, fault = int(self._readings[layer]), self._faults[layer]
-        averages = [float(v) / readings if readings else math.nan for v in self._sums[:, layer]]
+        mean, mean_average, variance, variance_average = (
+            float(total) / readings if readings else math.nan for total in self._sums[:, layer]
+        )
         path, watched = self._watched[layer]
         return LayerReport(
-            path,
-            type(watched).__name__,
-            bool(getattr(watched, "synchronized", False)),
-            readings,
-            *averages,
-            float(self._spread[layer]),
-            fault.step if fault else 0,
-            fault.replicas if fault else (),
+            path=path,
+            layer_class=type(watched).__name__,
+            synchronized=self._synchronized[layer],
+            readings=readings,
+            mean_distance=mean,
+            mean_distance_average=mean_average,
+            variance_distance=variance,
+            variance_distance_average=variance_average,
+            spread=float(self._spread[layer]),
+            nan_step=fault.step if fault else 0,
+            nan_replicas=fault.replicas if fault else (),
         )
 
 

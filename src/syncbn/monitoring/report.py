@@ -37,23 +37,26 @@ class LayerReport(NamedTuple):
 
     def __str__(self) -> str:
         if math.isnan(self.mean_distance):
-            return f"{self.path}: nothing finite was seen of its replicas' statistics{self._rest()}"
+            return f"{self.path}: nothing finite was seen of its replicas' statistics{self.rest()}"
         return (
             f"{self.path}: replicas' means lie up to {self.mean_distance:.2g} standard deviations "
             f"from the global mean, their variances up to {self._percent()} from the global "
-            f"variance; {effect_in_words(self.effect, self.synchronized)}{self._rest()}"
+            f"variance; {effect_in_words(self.effect, self.synchronized)}{self.rest()}"
         )
 
     def _percent(self) -> str:
         return f"{100 * math.expm1(min(self.variance_distance, 700.0)):.2g} %"
 
-    def _rest(self) -> str:
+    def rest(self) -> str:
+        """What else is to be said of it, behind its name or its distances."""
         said = ""
         if self.spread > 0:
             said += f"; moving statistics differ on the replicas by {self.spread:.2g} σ"
         if self.nan_step:
-            where = f" on replica {_list(self.nan_replicas)}" if self.nan_replicas else ""
-            said += f"; NaN or infinity from step {self.nan_step}{where}"
+            said += f"; NaN or infinity from step {self.nan_step}"
+            if self.nan_replicas:
+                several = "s" if len(self.nan_replicas) > 1 else ""
+                said += f" on replica{several} {', '.join(map(str, self.nan_replicas))}"
         return f"{said}."
 
 
@@ -91,12 +94,8 @@ class MonitorReport(NamedTuple):
         lines = [f"{self.model}: {self.steps} steps on {replicas}."]
         if self.replicas == 1:
             lines[0] += " There is nothing to synchronize."
-            lines += [str(one) for one in self.layers if one.nan_step]
+            lines += [f"{one.path}{one.rest()}" for one in self.layers if one.nan_step]
         else:
             lines += map(str, self.layers)
         lines += [f"{one.path} is not watched: {one.reason}." for one in self.left]
         return "\n".join(lines)
-
-
-def _list(replicas: tuple[int, ...]) -> str:
-    return ", ".join(map(str, replicas))

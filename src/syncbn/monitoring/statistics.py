@@ -27,7 +27,7 @@ class FirstFault(NamedTuple):
     layer: int
     call: int
     step: int
-    replicas: tuple[int, ...]  # those that saw it in this step
+    replicas: tuple[int, ...]  # those that saw it in this step; none where it cannot be told
 
 
 def distances(reading: Reading, channels: Sequence[int], epsilons: Sequence[float]) -> Distances:
@@ -94,7 +94,7 @@ def _by_layer(reading: Reading, channels: Sequence[int]) -> tuple[Any, Any, Any]
 
 
 def _union(count: Any, mean: Any, m2: Any) -> tuple[Any, Any, Any]:
-    """Moments of the union of the sets along the first axis; what an empty one holds is no matter."""
+    """Moments of the union of the sets along the first axis; an empty one may hold anything."""
     mean, m2 = np.where(count != 0, mean, 0.0), np.where(count != 0, m2, 0.0)
     total = count.sum(axis=0)
     divisor = np.maximum(total, 1e-30)
@@ -138,6 +138,10 @@ def first_faults(reading: Reading, layers: int) -> list[FirstFault | None]:
         step = int(steps[:, call].min())
         before = found[layer]
         if before is None or step < before.step:
-            replicas = tuple(map(int, np.flatnonzero(steps[:, call] == step)))
+            # JAX's statistics are those of all replicas; what tells them apart is the batch.
+            own = steps[:, call] if reading.first_of_batch is None else reading.first_of_batch
+            replicas = tuple(map(int, np.flatnonzero(own == step)))
+            if len(own) == 1:
+                replicas = (0,)
             found[layer] = FirstFault(layer, call, step, replicas)
     return found

@@ -23,12 +23,12 @@ def spread_in_words(parted: Sequence[Parted], replicas: int, step: int) -> str:
     if len(parted) > _SHOWN:
         lines.append(f"and {len(parted) - _SHOWN} layers more, see SyncMonitor.report()")
     remedies = []
-    if any(not getattr(one.layer, "synchronized", False) for one in parted):
+    if any(not one.synchronized for one in parted):
         remedies.append(
             "Plain BatchNormalization moves them by each replica's own batches: call "
             "syncbn.convert(model), or before saving syncbn.recalibrate(model, data)."
         )
-    if any(getattr(one.layer, "synchronized", False) for one in parted):
+    if any(one.synchronized for one in parted):
         remedies.append(
             "Synchronized layers part only where replicas take different steps, or load different "
             "weights: look there, and load one checkpoint on all of them."
@@ -61,13 +61,13 @@ def nan_in_words(
         f"{paths[first.layer]}, number {first.call + 1} of {len(reading.calls)} calls in the order "
         f"of the step, {_where(reading, first, replicas)}."
     )
-    followers = [fault for fault in faults[1:] if fault.step == first.step]
-    if followers:
-        said += f" {len(followers)} layers behind it show it in the same step."
-    if first.call == 0 and len(first.replicas) == replicas and reading.first_of_batch is None:
+    behind = sum(fault.step == first.step for fault in faults[1:])
+    if behind:
+        said += f" So do {behind} layer{_s(behind)} behind it."
+    if first.call == 0 and len(first.replicas) in (0, replicas):
         said += (
-            " All replicas of the first layer at once: either their data, or the weights before it "
-            "are not finite, by the gradients of the step before."
+            " No batch normalization comes before it: look at the data, and at the weights of the "
+            "layers before, which the gradients of the step before may have spoilt."
         )
     return said
 
@@ -75,16 +75,21 @@ def nan_in_words(
 def _where(reading: Reading, first: FirstFault, replicas: int) -> str:
     if reading.first_of_batch is None:
         return f"on {_of_replicas(first.replicas)} of {replicas}"
-    own = [r for r, step in enumerate(reading.first_of_batch) if step == first.step]
-    if own:
-        return f"from the batch itself, which holds it on {_of_replicas(own)} of {replicas}"
+    for when, step in (("the batch", first.step), ("the batch before", first.step - 1)):
+        own = [r for r, found in enumerate(reading.first_of_batch) if 0 < found == step]
+        if own:
+            return f"from {when}, which holds it on {_of_replicas(own)} of {replicas}"
     if replicas == 1:
         return "and not in the batch itself"
     return (
         "and not in the batch itself; which replica it began on is not known, for JAX computes "
-        "statistics of all of them at once"
+        "the statistics of all of them at once"
     )
 
 
 def _of_replicas(replicas: Sequence[int]) -> str:
-    return f"replica{'' if len(replicas) == 1 else 's'} {', '.join(map(str, replicas))}"
+    return f"replica{_s(len(replicas))} {', '.join(map(str, replicas))}"
+
+
+def _s(number: int) -> str:
+    return "" if number == 1 else "s"

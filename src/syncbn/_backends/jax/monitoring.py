@@ -41,6 +41,9 @@ class Watch:
         told: called with each reading.
     """
 
+    # Whether Keras's own layer, as it is by default, normalizes by the global batch.
+    plain_is_global = True
+
     def __init__(
         self,
         model: Any,
@@ -187,11 +190,14 @@ class Watch:
         told = np.concatenate([nothing, *(tables[layer] for layer in self._order)], axis=2)
         copies = [_copies(array, self._mesh, self._axis, self.replicas) for array in self._moving]
         first = np.broadcast_to(np.asarray(self._first), (self.replicas, len(self._layers)))
+        count, mean, m2 = np.moveaxis(told.astype(np.float64), 1, 0)
         self._told(
             Reading(
                 self.step,
                 tuple(self._order),
-                *np.moveaxis(told.astype(np.float64), 1, 0),
+                count,
+                mean,
+                m2,
                 np.concatenate(copies[0::2], axis=1),
                 np.concatenate(copies[1::2], axis=1),
                 first[:, self._order].astype(np.int64),

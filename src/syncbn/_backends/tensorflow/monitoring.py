@@ -61,6 +61,9 @@ class Watch:
         NotSynchronizableError: a strategy whose replicas do not train in step.
     """
 
+    # Whether Keras's own layer, as it is by default, normalizes by the global batch.
+    plain_is_global = False
+
     def __init__(
         self,
         model: Any,
@@ -300,10 +303,13 @@ class Watch:
             if as_variance:
                 parts[2][call] = parts[2][call] * parts[0][call]
         slots = np.minimum(np.arange(len(layout.calls)), self._slots - 1)
+        counts, means, m2 = (np.concatenate(part, axis=1) for part in parts)
         return Reading(
             self.step,
             layout.calls,
-            *(np.concatenate(part, axis=1) for part in parts),
+            counts,
+            means,
+            m2,
             mean,
             variance,
             first[:, slots].astype(np.int64),

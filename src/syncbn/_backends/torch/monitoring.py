@@ -48,6 +48,9 @@ class Watch:
         WorkerError: a process does not come.
     """
 
+    # Whether Keras's own layer, as it is by default, normalizes by the global batch.
+    plain_is_global = False
+
     def __init__(
         self,
         model: Any,
