@@ -1,8 +1,8 @@
 """What SyncMonitor costs: a hundred steps with it at its default interval, and without, in turn.
 
 A residual network as people train, and one that does not favour it: many small layers on vectors,
-where a step is little but the overhead of its operations. Each block of steps is one interval: every
-step tells, one is read, with a file for TensorBoard.
+where a step is little but the overhead of its operations. Each block of steps is one interval:
+every step tells, one is read, with a file for TensorBoard.
 
     python benchmarks/monitor.py --output benchmarks/results/monitor.json
 """
@@ -59,7 +59,7 @@ def many_small_layers(make_layer: Callable[[], Any]) -> keras.Model:
 
 MODELS: dict[str, tuple[Callable[[], keras.Model], int, int]] = {
     # model, batch on all replicas, replicas
-    "residual network": (residual_network, 32, 2),
+    "residual network": (residual_network, 16, 2),
     "many small layers": (lambda: many_small_layers(syncbn.SyncBatchNormalization), 64, 2),
     "many small plain layers": (lambda: many_small_layers(keras.layers.BatchNormalization), 64, 1),
 }
@@ -105,7 +105,7 @@ def measure(name: str, rounds: int) -> dict[str, dict[str, float]]:
 
 def main() -> int:
     """Measure every model, print a table, write the JSON."""
-    arguments = options(__doc__, rounds=20).parse_args()
+    arguments = options(__doc__, rounds=10).parse_args()
     results = []
     for name, (_, batch, replicas) in MODELS.items():
         figures = measure(name, arguments.rounds)

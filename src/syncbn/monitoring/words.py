@@ -63,7 +63,7 @@ def nan_in_words(
     )
     behind = sum(fault.step == first.step for fault in faults[1:])
     if behind:
-        said += f" So do {behind} layer{_s(behind)} behind it."
+        said += f" {behind} layer{_s(behind)} after it too."
     if first.call == 0 and len(first.replicas) in (0, replicas):
         said += (
             " No batch normalization comes before it: look at the data, and at the weights of the "
