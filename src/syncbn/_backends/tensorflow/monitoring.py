@@ -89,7 +89,9 @@ class Watch:
         # Keras's own synchronized layer tells of its own part only where it is asked to.
         self._asks = [layer for layer in layers if _is_keras_synchronized(layer)]
         with self.strategy.scope():
-            self._row = _of_replica(np.zeros(0), self._dtype, [None])
+            # Not empty: several workers are given the value of the first, and TensorFlow ends the
+            # process that sends none.
+            self._row = _of_replica(np.full(1, -1.0), self._dtype, [None])
             self._first = _of_replica(np.zeros(self._slots), tf.int32)
             self._count = _of_replica(np.zeros(()), tf.int64)
             self._asked = tf.Variable(False, trainable=False)
@@ -252,8 +254,6 @@ class Watch:
         """Tell what the last step saw, on all replicas; every worker comes here alike."""
         with self.strategy.scope():
             rows = self._own_rows()
-        if rows.shape[1] == 0:
-            return
         self._told(self._reading(rows.numpy()))
 
     def _rows(self) -> Any:
@@ -286,7 +286,7 @@ class Watch:
         ends = np.cumsum([1, moving, moving, self._slots])
         step, mean, variance, first, row = np.split(rows, ends, axis=1)
         self.step = int(step[0, 0])
-        if not row.shape[1]:
+        if row[0, 0] < 0:
             nothing = np.zeros((self.replicas, 0))
             return Reading(self.step, (), nothing, nothing, nothing, mean, variance, nothing)
         layout = self._layouts[int(row[0, 0])]
