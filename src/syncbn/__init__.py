@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from syncbn.portable import PortableCheckpoint
     from syncbn.ragged import distribute_dataset
     from syncbn.recalibration import recalibrate
+    from syncbn.verification.verdict import Verdict
+    from syncbn.verification.verifying import verify
 
 __version__ = "0.1.0"
 
@@ -43,6 +45,7 @@ _MODULE_OF = {
     "SyncBatchNormalization": "syncbn.layer",
     "SyncbnError": "syncbn.errors",
     "UnsupportedFeatureError": "syncbn.errors",
+    "Verdict": "syncbn.verification.verdict",
     "WorkerError": "syncbn.errors",
     "average_gradients": "syncbn.averaging",
     "average_moving_statistics": "syncbn.multi_worker.moving_statistics",
@@ -56,6 +59,7 @@ _MODULE_OF = {
     "recalibrate": "syncbn.recalibration",
     "revert": "syncbn.conversion",
     "reverted": "syncbn.conversion",
+    "verify": "syncbn.verification.verifying",
 }
 
 # Not in `__all__`: `from syncbn import *` needs no tf_keras.
@@ -73,6 +77,7 @@ __all__ = [
     "SyncBatchNormalization",
     "SyncbnError",
     "UnsupportedFeatureError",
+    "Verdict",
     "WorkerError",
     "average_gradients",
     "average_moving_statistics",
@@ -86,6 +91,7 @@ __all__ = [
     "recalibrate",
     "revert",
     "reverted",
+    "verify",
 ]
 
 

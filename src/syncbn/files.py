@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["written_whole"]
+from syncbn.errors import InputError
+
+__all__ = ["check_writable", "written_whole"]
 
 
 @contextmanager
@@ -24,6 +26,31 @@ def written_whole(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_writable(path: Path, what: str = "A report") -> None:
+    """Make sure that `written_whole` can write there, before long work is done for it.
+
+    Args:
+        path: of the file.
+        what: is to be written there, for the message.
+
+    Raises:
+        InputError: its folder is not there or cannot be written to, or it is a folder.
+    """
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(None, "it is a folder")
+        # By the same call: a name that is too long for the file is none for the one before it.
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=path.suffix)
+        os.close(descriptor)
+        Path(name).unlink()
+        path.exists()
+    except OSError as error:
+        raise InputError(
+            f"{what} requires a file that can be written, in a folder that exists. Received: "
+            f"{str(path)!r} ({error.strerror or error}). Give another path."
+        ) from error
 
 
 def _umask() -> int:

@@ -31,7 +31,7 @@ LOADED = "import sys, json; print(json.dumps(sorted(m.split('.')[0] for m in sys
         *(
             "import syncbn\nwith __import__('contextlib').suppress(SystemExit): "
             f"__import__('syncbn.cli').cli.main([{command!r}, '--help'])"
-            for command in ("train", "launch", "bench", "convert")
+            for command in ("train", "launch", "bench", "convert", "verify")
         ),
         "import syncbn.launch.supervisor",
     ],
@@ -84,8 +84,7 @@ LAYERS = [
     *("errors", "files", "moments", "groups", "renorm", "places", "_backends", "_keras", "ragged"),
     *("averaging", "arguments", "weighting", "moving", "own_arguments", "layer", "tf_keras"),
     *("compat", "conversion", "portable", "checkpoints", "folding", "recalibration"),
-    "monitoring",
-    *("training", "bench", "cli"),
+    *("monitoring", "verification", "training", "bench", "cli"),
 ]
 
 

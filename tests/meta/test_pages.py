@@ -13,6 +13,7 @@ PAGES = {
     "conversion": {},
     "monitor": {},
     "recalibration": {},
+    "verify": {},
     "tf-keras": {"TF_USE_LEGACY_KERAS": "1"},
 }
 MARK = "-- the next block --"

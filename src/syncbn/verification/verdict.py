@@ -177,3 +177,49 @@ class Verdict:
             if one.kind is kind and (layer is None or one.layer == layer)
         ]
         return max(of_kind, key=lambda one: one.excess, default=None)
+
+    @property
+    def first_departure(self) -> Comparison | None:
+        """The comparison where it departs first: in the order of steps, and in one as it computes.
+
+        That is data, outputs of layer after layer, loss, gradients from the last layer to the
+        first, weights, moving statistics, metrics. Where there are findings, the first of these
+        says at which layer and step to look.
+        """
+        departed = [one for one in self.comparisons if not one.agrees]
+        places = {layer.path: number for number, layer in enumerate(self.layers)}
+        if self.findings:
+            found = self.findings[0]
+            there = [one for one in departed if (one.layer, one.step) == (found.layer, found.step)]
+            departed = there or departed
+
+        def order(one: Comparison) -> tuple[int, int, int, float]:
+            place = places.get(one.layer, len(places))
+            backwards = one.kind is Kind.GRADIENT
+            return one.step, _ORDER[one.kind], -place if backwards else place, -one.excess
+
+        return min(departed, key=order, default=None)
+
+    def __str__(self) -> str:
+        """The report as plain text of 100 columns."""
+        from syncbn.verification.text import as_text
+
+        return as_text(self)
+
+
+# A normalization is compared where its layer's outputs are.
+_ORDER = {
+    kind: number
+    for number, kinds in enumerate(
+        (
+            (Kind.INPUT,),
+            (Kind.OUTPUT, Kind.NORMALIZATION),
+            (Kind.LOSS,),
+            (Kind.GRADIENT,),
+            (Kind.WEIGHT,),
+            (Kind.STATISTIC, Kind.SPREAD),
+            (Kind.METRIC,),
+        )
+    )
+    for kind in kinds
+}

@@ -1,0 +1,162 @@
+"""The runs of a verification, in their order, and the verdict on them."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from syncbn.errors import InputError
+from syncbn.verification.batches import Batches, make_batches
+from syncbn.verification.judging import Judgement, cannot_tell
+from syncbn.verification.measuring import Pair, Sharing, measure
+from syncbn.verification.recording import Step, Structure
+from syncbn.verification.running import backend, perturbed, run
+from syncbn.verification.settings import VerifySettings
+from syncbn.verification.steps import OnReplicas, Steps
+from syncbn.verification.tolerances import Tolerances
+from syncbn.verification.verdict import Cause, Verdict
+from syncbn.verification.workers import run_by_workers
+
+__all__ = ["Proof"]
+
+_SEED = 20150211  # of the roundings
+
+
+class Proof:
+    """One verification.
+
+    Args:
+        build_model: the user's.
+        data: the user's.
+        settings: checked.
+        progress: is told what is done now.
+    """
+
+    def __init__(
+        self,
+        build_model: Callable[[], Any],
+        data: Any,
+        settings: VerifySettings,
+        progress: Callable[[str], None],
+    ) -> None:
+        self._progress = progress
+        self._build_model = build_model
+        self._settings = settings
+        self._by_processes = settings.workers is not None or not backend().HAS_LOCAL_REPLICAS
+        self._batches: Batches = make_batches(
+            data, settings.replicas_in_sync, settings.steps, settings.batch_size
+        )
+
+    def verdict(self) -> Verdict:
+        """Run everything; a second time with random layers in inference, where those depart."""
+        with contextlib.ExitStack() as stack:
+            if self._settings.repair:
+                import syncbn
+
+                stack.enter_context(syncbn.enable_multi_worker())
+            here = 1 if self._by_processes else self._settings.replicas
+            backend("replicas").prepare(here, "float32")
+            found = self._judged(self._settings.hold_random)
+            if not any(finding.cause is Cause.RANDOM for finding in found.findings):
+                return found
+            self._progress("again, with layers that draw random numbers in inference")
+            return _together(found, self._judged(hold=True))
+
+    def _judged(self, hold: bool) -> Verdict:
+        with tempfile.TemporaryDirectory(prefix="syncbn-verify-") as name:
+            folder = Path(name)
+            steps = Steps(folder, "one-device")
+            one_device = backend("replicas").strategy_over(1, by_processes=False)
+            try:
+                self._progress(f"{self._batches.steps} steps on one device")
+                run(self._build_model, self._batches, one_device, None, steps.keep, hold)
+                tolerances = Tolerances(steps.structure(), backend().has_short_products())
+                self._progress("the same, off by a rounding")
+                self._amplify(one_device, steps, tolerances, hold)
+            except InputError:
+                raise
+            except Exception as error:  # noqa: BLE001 - whatever the user's program raises
+                return cannot_tell("one device", error, self._settings, self._batches)
+            kind = "workers" if self._by_processes else "replicas"
+            self._progress(f"the same on {self._settings.replicas_in_sync} {kind}")
+            on_replicas = self._on_replicas(folder, steps, hold)
+            judgement = Judgement(
+                steps.structure(), tolerances, self._settings, self._batches, on_replicas, hold
+            )
+            for number in range(self._batches.steps):
+                own = on_replicas.step(number)
+                if own is None:
+                    break
+                judgement.add(number + 1, steps.before(number), steps.step(number), own)
+            return judgement.verdict()
+
+    def _amplify(self, strategy: Any, steps: Steps, tolerances: Tolerances, hold: bool) -> None:
+        """One device again, with weights and inputs that are off by a rounding."""
+        epsilon = tolerances.epsilon
+        structure = steps.structure()
+        batches = self._batches._replace(x=perturbed(self._batches.x, epsilon, _SEED))
+
+        def before(number: int) -> list[Any]:
+            state = steps.before(number)
+            return [
+                perturbed(value, epsilon, _SEED + place) if variable.trainable else value
+                for place, (value, variable) in enumerate(
+                    zip(state, structure.variables, strict=True)
+                )
+            ]
+
+        def keep(number: int, state: list[Any], step: Step, own: Structure) -> None:
+            del state
+            reference = steps.step(number)
+            step.data = dict(reference.data)  # the same rows, of other content
+            pair = Pair(structure, steps.before(number), reference, own, step, Sharing(), {})
+            for measured in measure(pair):
+                tolerances.note(measured)
+
+        run(self._build_model, batches, strategy, before, keep, hold)
+
+    def _on_replicas(self, folder: Path, steps: Steps, hold: bool) -> OnReplicas:
+        """Train on the replicas; what they did before they failed is kept."""
+        settings = self._settings
+        if self._by_processes:
+            return run_by_workers(self._build_model, self._batches, settings, folder, hold)
+        own = Steps(folder, "replicas")
+        strategy = backend("replicas").strategy_over(settings.replicas, by_processes=False)
+        failure = None
+        try:
+            run(self._build_model, self._batches, strategy, steps.before, own.keep, hold)
+        except InputError:
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever the user's program raises
+            failure = error
+        return OnReplicas(
+            processes=(own,),
+            sharing=Sharing(*backend().sharing(strategy)),
+            devices=tuple(backend().devices(strategy)),
+            repaired=backend().is_repaired(),
+            failure=failure,
+        )
+
+
+def _together(found: Verdict, held: Verdict) -> Verdict:
+    """What depends on random numbers, and everything else with them held still."""
+    random = tuple(one for one in found.findings if one.cause is Cause.RANDOM)
+    names = {one.layer for one in random}
+    departed = tuple(one for one in found.comparisons if one.layer in names and not one.agrees)
+    kept = tuple(one for one in held.comparisons if one.layer not in names)
+    rest = (
+        "with such layers in inference all else agrees"
+        if held.agrees
+        else f"with such layers in inference: {held.summary}"
+    )
+    return dataclasses.replace(
+        held,
+        outcome=found.outcome,
+        summary=f"{found.summary.rstrip('.')}; {rest.rstrip('.')}.",
+        findings=(*random, *held.findings),
+        comparisons=(*departed, *kept),
+    )
