@@ -241,14 +241,19 @@ class Watch:
         row = tf.concat([row for row, _ in rows], axis=0)
         self._row.assign(tf.concat([tf.constant([number], self._dtype), row], axis=0))
         calls = np.repeat([call for call, _, _ in order], [size for _, _, size in order])
-        bad = tf.math.unsorted_segment_max(
-            tf.cast(~tf.math.is_finite(row), tf.int32),
-            np.minimum(calls, self._slots - 1).astype(np.int32),
-            self._slots,
-        )
-        first = tf.convert_to_tensor(self._first)
-        now = tf.cast(step, tf.int32)
-        self._first.assign(tf.where((first == 0) & (bad > 0), now, first))
+        slots = np.minimum(calls, self._slots - 1).astype(np.int32)
+
+        def note() -> Any:
+            bad = tf.math.unsorted_segment_max(
+                tf.cast(~tf.math.is_finite(row), tf.int32), slots, self._slots
+            )
+            first = tf.convert_to_tensor(self._first)
+            self._first.assign(tf.where((first == 0) & (bad > 0), tf.cast(step, tf.int32), first))
+            return tf.zeros((), tf.int32)
+
+        # In most steps there is no more to do.
+        all_finite = tf.reduce_all(tf.math.is_finite(row))
+        tf.cond(all_finite, lambda: tf.zeros((), tf.int32), note)
 
     def read(self) -> None:
         """Tell what the last step saw, on all replicas; every worker comes here alike."""
