@@ -8,10 +8,10 @@ BIN := .venv/bin
 READY := .venv/ready
 OUTPUT ?= demo-output
 BENCHMARKS ?= layer one_device kernels features training workers accuracy scaling peers memory resnet on_jax \
-	on_torch
+	on_torch monitor
 
 .PHONY: help demo test lint types format bench lock test-benchmarks test-models test-scenarios \
-	test-survival test-frameworks test-versions clean
+	test-survival test-frameworks test-versions test-doctor clean
 
 help:
 	@echo "make demo           train on two replicas and compare with one device (2 minutes)"
@@ -24,6 +24,7 @@ help:
 	@echo "make test-survival  resuming, workers that part or are killed, the whole selftest, a long soak"
 	@echo "make test-frameworks all cases on each framework, models between them (30 minutes)"
 	@echo "make test-versions  the contract on older TensorFlow and Keras (30 minutes)"
+	@echo "make test-doctor    the doctor's table, each TensorFlow in an environment of its own (half an hour)"
 	@echo "make lock           resolve requirements.in into requirements.lock"
 	@echo "make clean          remove .venv and every cache"
 
@@ -87,7 +88,7 @@ test-survival: $(READY)
 EVERY := -m "frameworks or not frameworks"
 test-frameworks: $(READY)
 	$(BIN)/python tests/frameworks.py
-	SYNCBN_EVERY_CASE=1 KERAS_BACKEND=tensorflow $(PYTEST) tests/contract tests/tensorflow
+	SYNCBN_EVERY_CASE=1 KERAS_BACKEND=tensorflow $(PYTEST) $(EVERY) tests/contract tests/tensorflow
 	SYNCBN_EVERY_CASE=1 KERAS_BACKEND=jax $(PYTEST) $(EVERY) tests/contract tests/jax
 	SYNCBN_EVERY_CASE=1 KERAS_BACKEND=torch $(PYTEST) $(EVERY) tests/contract tests/torch
 	SYNCBN_EVERY_CASE=1 SYNCBN_KERAS=tf_keras KERAS_BACKEND=tensorflow $(PYTEST) $(EVERY) \
@@ -100,6 +101,9 @@ test-scenarios: $(READY)
 
 test-versions: $(READY)
 	$(BIN)/python tests/versions.py
+
+test-doctor: $(READY)
+	$(BIN)/python tests/doctor_versions.py
 
 # Of torch a registry may have a build for CPUs alone (`+cpu`), which elsewhere has no such name.
 # TensorFlow's CPU build exists for x86-64 alone; elsewhere the ordinary one is as small. tf_keras, in

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     )
     from syncbn.folding import fold, plan_folding
     from syncbn.layer import SyncBatchNormalization
+    from syncbn.monitoring import SyncMonitor
     from syncbn.multi_worker import enable_multi_worker
     from syncbn.multi_worker.moving_statistics import average_moving_statistics
     from syncbn.portable import PortableCheckpoint
@@ -43,6 +44,7 @@ _MODULE_OF = {
     "PortableCheckpoint": "syncbn.portable",
     "RepairError": "syncbn.errors",
     "SyncBatchNormalization": "syncbn.layer",
+    "SyncMonitor": "syncbn.monitoring",
     "SyncbnError": "syncbn.errors",
     "UnsupportedFeatureError": "syncbn.errors",
     "Verdict": "syncbn.verification.verdict",
@@ -75,6 +77,7 @@ __all__ = [
     "PortableCheckpoint",
     "RepairError",
     "SyncBatchNormalization",
+    "SyncMonitor",
     "SyncbnError",
     "UnsupportedFeatureError",
     "Verdict",

@@ -74,6 +74,8 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Check all that can be checked, then verify and report."""
+    from syncbn.files import check_writable
+    from syncbn.verification import page
     from syncbn.verification.settings import VerifySettings
 
     settings = VerifySettings(
@@ -86,10 +88,10 @@ def run(arguments: argparse.Namespace) -> int:
     )
     settings.check()
     to_stdout = str(arguments.json) == "-"
-    for option in ("html", "json"):
-        path = getattr(arguments, option)
-        if path is not None and str(path) != "-":
-            _check_writable(f"--{option}", path)
+    if arguments.html is not None:
+        page.check_page(arguments.html)
+    if arguments.json is not None and not to_stdout:
+        check_writable(arguments.json)
     if not Path(arguments.data).is_file():
         raise InputError(
             f"--data requires an .npz file. Received: {arguments.data!r}, which is no file. Write "
@@ -97,7 +99,7 @@ def run(arguments: argparse.Namespace) -> int:
         )
     backend = arguments.backend or os.environ.get("KERAS_BACKEND") or "tensorflow"
     start_framework("verify", backend)
-    from syncbn.verification import document, page, text
+    from syncbn.verification import document, text
     from syncbn.verification.program import load_function
     from syncbn.verification.verifying import verified
 
@@ -117,13 +119,3 @@ def run(arguments: argparse.Namespace) -> int:
             document.write_json(verdict, arguments.json)
         text.show(verdict, sys.stdout)
     return int(verdict.exit_code)
-
-
-def _check_writable(option: str, path: Path) -> None:
-    """Before minutes are spent on it."""
-    folder = path.resolve().parent
-    if path.is_dir() or not os.access(folder, os.W_OK):
-        raise InputError(
-            f"{option} requires a file in a folder that can be written to. Received: "
-            f"{str(path)!r}. Give another path."
-        )

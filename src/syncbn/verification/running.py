@@ -17,6 +17,7 @@ from keras import tree
 
 from syncbn import _backends
 from syncbn.errors import InputError
+from syncbn.ragged import distribute_dataset
 from syncbn.verification.batches import Batches
 from syncbn.verification.program import built_model, optimizers_of
 from syncbn.verification.recorder import Recorder
@@ -70,7 +71,7 @@ def run(
         stack.enter_context(recorder.attached())
         observer = _Observer(model, recorder, strategy, state_before, keep)
         model.fit(
-            **backend().fed(batches, strategy, repair),
+            **backend().fed(batches, strategy, distribute_dataset if repair else None),
             epochs=1,
             shuffle=False,
             verbose=0,

@@ -81,14 +81,12 @@ def repaired(model: Any) -> Any:
     return model
 
 
-def fed(batches: Any, strategy: Any, repair: bool) -> dict[str, Any]:
-    """Arguments of `fit`; of a distribution that is repaired, batches of any size."""
+def fed(batches: Any, strategy: Any, distribute: Callable[..., Any] | None) -> dict[str, Any]:
+    """Arguments of `fit`; of a distribution, batches of any size by `distribute_dataset`."""
     arrays = {"x": batches.x, "y": batches.y, "sample_weight": batches.sample_weight}
-    if strategy is None or not repair:
+    if strategy is None or distribute is None:
         return {**arrays, "batch_size": batches.size}
-    from syncbn.ragged import distribute_dataset
-
-    return {"x": distribute_dataset(**arrays, batch_size=batches.size)}
+    return {"x": distribute(**arrays, batch_size=batches.size)}
 
 
 def logs(model: Any, of_step: dict[str, Any]) -> dict[str, Any]:

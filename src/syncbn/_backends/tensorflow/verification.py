@@ -84,9 +84,9 @@ def repaired(model: Any) -> Any:
     return model
 
 
-def fed(batches: Any, strategy: Any, repair: bool) -> dict[str, Any]:
+def fed(batches: Any, strategy: Any, distribute: Any) -> dict[str, Any]:
     """Arguments of `fit`: every process has the whole batches, and TensorFlow shares them out."""
-    del strategy, repair
+    del strategy, distribute  # JAX's
     return {
         "x": batches.x,
         "y": batches.y,

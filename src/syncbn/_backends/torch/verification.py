@@ -12,7 +12,7 @@ import torch
 from torch import distributed
 
 from syncbn._backends.classifier import part_of
-from syncbn.averaging import average_gradients
+from syncbn._backends.torch.gradients import average_gradients
 
 __all__ = [
     "HAS_LOCAL_REPLICAS",
@@ -86,13 +86,13 @@ def on_replicas(strategy: Any) -> Iterator[None]:
 
 def repaired(model: Any) -> Any:
     """The model with the gradients of all processes."""
-    average_gradients(model)
+    average_gradients(model, None)
     return model
 
 
-def fed(batches: Any, strategy: Any, repair: bool) -> dict[str, Any]:
+def fed(batches: Any, strategy: Any, distribute: Any) -> dict[str, Any]:
     """Arguments of `fit`: this process's part of each batch."""
-    del repair
+    del distribute  # JAX's
     arrays = {"x": batches.x, "y": batches.y, "sample_weight": batches.sample_weight}
     if strategy is None:
         return {**arrays, "batch_size": batches.size}
