@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
+from zipfile import BadZipFile
 
 import keras
 import numpy as np
@@ -113,9 +114,10 @@ def load_file(path: str | Path) -> tuple[Any, Any, Any]:
         InputError: it cannot be read, or has no x.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
+        # Opened here: NumPy leaves a file open that is no archive.
+        with Path(path).open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-    except (OSError, ValueError, AttributeError, EOFError) as error:
+    except (OSError, ValueError, AttributeError, EOFError, TypeError, BadZipFile) as error:
         raise InputError(
             f"Data to verify with require an .npz file of arrays. Received: {str(path)!r} "
             f"({error}). Write one: numpy.savez(path, x=x, y=y)."
