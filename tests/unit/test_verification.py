@@ -14,7 +14,7 @@ from syncbn.errors import InputError
 from syncbn.verification.aligning import difference, gathered, parts_of
 from syncbn.verification.batches import load_file, make_batches
 from syncbn.verification.measuring import Measured
-from syncbn.verification.normalization import Normalization, hypotheses
+from syncbn.verification.normalization import Normalization, by_the_global_batch, hypotheses
 from syncbn.verification.program import built_model, load_function, name_of
 from syncbn.verification.recording import LayerCall, Structure
 from syncbn.verification.tolerances import Tolerances, rounding
@@ -99,17 +99,17 @@ def normalization(**options):
 )
 def test_each_way_to_normalize_is_told_from_the_others(name):
     layer = normalization(groups=[[0], [1]])
-    # Groups of one are the local statistics.
-    ways = {key: value for key, value in hypotheses(layer).items() if key != "local, without mask"}
+    ways = {"global": by_the_global_batch(layer), **hypotheses(layer)}
     layer = layer._replace(outputs=dict(layer.expected(ways[name])))
     for other, statistics in ways.items():
+        # Groups of one are the local statistics.
         same = other == name or {other, name} == {"groups", "local"}
         assert (layer.difference(statistics) < 1e-12) == same, other
 
 
 def test_global_statistics_count_elements():
     layer = normalization()
-    mean, variance = hypotheses(layer)["global"][0]
+    mean, variance = by_the_global_batch(layer)[0]
     together = np.concatenate([layer.parts[0], layer.parts[1][:-1]])
     np.testing.assert_allclose(mean, together.mean(axis=0), rtol=1e-12)
     np.testing.assert_allclose(variance, together.var(axis=0), rtol=1e-12)

@@ -169,7 +169,7 @@ def make_batches(data: Any, replicas: int, steps: int, size: int | None) -> Batc
 
 
 def _three(data: tuple[Any, ...]) -> tuple[Any, Any, Any]:
-    x, y, sample_weight = (*data, None, None)[:3] if len(data) <= 3 else (None, None, None)
+    x, y, sample_weight = (*data, None, None, None)[:3] if len(data) <= 3 else (None, None, None)
     if x is None or not tree.flatten(x):
         raise InputError(
             "Data to verify with require arrays: x, (x, y) or (x, y, sample_weight), or the path "
