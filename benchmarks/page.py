@@ -24,6 +24,7 @@ OWN: dict[str, Callable[[Any, Path], list[str]]] = {
     "workers": sections.workers,
     "features": sections.features,
     "training": sections.training,
+    "monitor": sections.monitor,
     "accuracy": sections.accuracy,
 }
 # Modules with a section of their own: section(results, images) gives its lines.

@@ -31,9 +31,11 @@ LOADED = "import sys, json; print(json.dumps(sorted(m.split('.')[0] for m in sys
         *(
             "import syncbn\nwith __import__('contextlib').suppress(SystemExit): "
             f"__import__('syncbn.cli').cli.main([{command!r}, '--help'])"
-            for command in ("train", "launch", "bench", "convert", "verify")
+            for command in ("train", "launch", "bench", "convert", "doctor", "verify")
         ),
         "import syncbn.launch.supervisor",
+        "import syncbn.doctor.text, syncbn\n"
+        "__import__('syncbn.cli').cli.main(['doctor', '--tensorflow', '2.9'])",
     ],
 )
 def test_importing_syncbn_and_asking_for_help_imports_no_framework(code):
@@ -84,7 +86,7 @@ LAYERS = [
     *("errors", "files", "moments", "groups", "renorm", "places", "_backends", "_keras", "ragged"),
     *("averaging", "arguments", "weighting", "moving", "own_arguments", "layer", "tf_keras"),
     *("compat", "conversion", "portable", "checkpoints", "folding", "recalibration"),
-    *("verification", "training", "bench", "cli"),
+    *("monitoring", "verification", "training", "bench", "cli"),
 ]
 
 
@@ -110,6 +112,10 @@ ALLOWED = {
     # These files are read by their own framework, whatever Keras runs on.
     "checkpoints/graph.py": {"tensorflow"},
     "checkpoints/torch_state.py": {"torch"},
+    # Programs that the doctor runs in processes of their own.
+    "doctor/probes/on_tensorflow.py": {"tensorflow"},
+    "doctor/probes/on_jax.py": {"jax"},
+    "doctor/probes/on_torch.py": {"torch"},
 }
 
 
@@ -175,6 +181,18 @@ def test_the_launcher_stands_on_the_standard_library_alone(path):
         return
     for imported in imports_of(path):
         ours = imported.startswith(("syncbn.errors", "syncbn.launch"))
+        assert ours or imported.split(".")[0] in sys.stdlib_module_names, imported
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(SOURCE)))
+def test_the_doctor_stands_on_the_standard_library_alone(path):
+    """It has to run where anything else is broken; its probes are run by other processes."""
+    folders = path.relative_to(SOURCE).parts[:-1]
+    if "doctor" not in folders or "probes" in folders:
+        return
+    for imported in imports_of(path):
+        ours = imported.startswith(("syncbn.errors", "syncbn.doctor"))
+        ours = ours and not imported.startswith("syncbn.doctor.probes")
         assert ours or imported.split(".")[0] in sys.stdlib_module_names, imported
 
 

@@ -11,6 +11,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 PAGES = {
     "checkpoints": {"KERAS_BACKEND": "jax"},
     "conversion": {},
+    "monitor": {},
     "recalibration": {},
     "verify": {},
     "tf-keras": {"TF_USE_LEGACY_KERAS": "1"},

@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from syncbn.groups import Grouping
+from syncbn.moments import Moments
 
-__all__ = ["Activation", "Batch", "KeptOutput", "Scheme"]
+__all__ = ["Activation", "Batch", "KeptOutput", "Reading", "Scheme"]
 
 Activation = Callable[[Any], Any]
 
@@ -41,3 +42,25 @@ class Scheme(NamedTuple):
     kept_output: KeptOutput | None = None  # None for a backward that keeps the input
     axis_name: str | tuple[str, ...] | None = None  # JAX: of the mapped axes to sum over
     process_group: Any = None  # torch: of torch.distributed; None for the default one
+    # Told the moments of this replica's own part, which the monitor keeps; on TensorFlow and torch.
+    watch: Callable[[Moments], None] | None = None
+
+
+class Reading(NamedTuple):
+    """What the replicas of a model saw in one step, for the monitor: R rows, the same everywhere.
+
+    The channels of all calls of layers stand one after another, T in all, in the order of the
+    calls; those of all layers, M in all, in the order of the layers.
+    """
+
+    step: int  # training steps until then
+    calls: tuple[int, ...]  # of which layer each call was, by its number
+    count: Any  # shape (R, T): elements of a channel; -1 where the replica did not look
+    mean: Any  # shape (R, T)
+    m2: Any  # shape (R, T)
+    moving_mean: Any  # shape (R, M)
+    moving_variance: Any  # shape (R, M)
+    # Shape (R, calls): the first step whose statistics were NaN or infinite there, 0 for none.
+    first: Any
+    # Shape (R,): the same of the batch itself; None where `first` tells the replicas apart.
+    first_of_batch: Any | None = None

@@ -23,7 +23,7 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: list[str] | None = None) -> int:
     """Run `syncbn` with these arguments, by default the process's, and return the exit code."""
-    from syncbn.cli import bench, convert, launch, selftest, train, verify
+    from syncbn.cli import bench, convert, doctor, launch, selftest, train, verify
 
     parser = _Parser(
         prog="syncbn",
@@ -37,6 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
     selftest.add_parser(commands)
     bench.add_parser(commands)
     convert.add_parser(commands)
+    doctor.add_parser(commands)
     verify.add_parser(commands)
     parsed = parser.parse_args(arguments)
     try:

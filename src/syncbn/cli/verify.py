@@ -56,7 +56,8 @@ def add_parser(commands: Any) -> None:
     add(
         "--repair",
         action="store_true",
-        help="switch syncbn.enable_multi_worker() on, as your program should (TensorFlow)",
+        help="have in the runs what syncbn has for training by fit: enable_multi_worker() on "
+        "TensorFlow, distribute_dataset on JAX, average_gradients on torch",
     )
     add(
         "--without-random",

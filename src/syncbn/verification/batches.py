@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 from zipfile import BadZipFile
@@ -61,19 +60,6 @@ class Batches(NamedTuple):
             None if part is None else tree.map_structure(lambda array: array[which], part)
             for part in (self.x, self.y, self.sample_weight)
         )
-
-    def fed(self, part: Callable[[int], slice] | None) -> tuple[Any, Any, Any]:
-        """What `fit` is given: everything, or this process's part of each batch."""
-        if part is None:
-            return self.x, self.y, self.sample_weight
-        starts = range(0, self.examples, self.size)
-        taken = np.concatenate(
-            [
-                np.arange(start, start + size)[part(size)]
-                for start, size in zip(starts, self.sizes, strict=True)
-            ]
-        )
-        return self.rows(taken)
 
     def check_fits(self, model: Any) -> None:
         """Raise an InputError where the inputs cannot be those of the model."""

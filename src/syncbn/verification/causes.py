@@ -23,7 +23,7 @@ class Evidence(NamedTuple):
     pair: Pair
     comparisons: Sequence[Comparison]
     departed: Sequence[Departed]  # batch normalizations that are not those of the global batch
-    repaired: bool  # whether enable_multi_worker() is in effect
+    repair: str | None  # what syncbn has for the training, where that was not in effect
 
     def failed(self, kind: Kind) -> list[Comparison]:
         """Those of that kind that rounding does not explain."""
@@ -43,6 +43,7 @@ def findings_of(evidence: Evidence) -> Iterator[Finding]:
             "the whole data set and share it out.",
         )
         return
+    spread = [*_of_spread(evidence)]
     place = {call.key: order for order, call in enumerate(pair.structure.calls)}
     found = [*of_normalizations(number, evidence.departed)]
     first = min((place[one.key] for one in evidence.departed), default=len(place))
@@ -52,17 +53,18 @@ def findings_of(evidence: Evidence) -> Iterator[Finding]:
         found.insert(0, _of_output(evidence, outputs[0], call))
     elif not outputs and not found:
         found.extend(_behind_the_outputs(evidence, parts))
-    yield from found
-    yield from _of_spread(evidence)
+    # Where each replica goes its own way, gradients and metrics are its own, too.
+    apart = any(one.cause is Cause.NOT_SUMMED for one in spread)
+    yield from spread if apart and not outputs else [*found, *spread]
 
 
 _REMEDY_RANDOM = (
     "Two devices cannot draw what one draws: this is to be known, not to be mended. The rest of "
     "this report has such layers in inference."
 )
+_FOR_TENSORFLOW = "syncbn.enable_multi_worker()"
 _SAME_NUMBERS = (
-    "On TensorFlow Keras draws the same numbers on every replica, which "
-    "syncbn.enable_multi_worker() mends."
+    f" On TensorFlow Keras draws the same numbers on every replica, which {_FOR_TENSORFLOW} mends."
 )
 
 
@@ -84,7 +86,7 @@ def _of_output(evidence: Evidence, one: Comparison, call: LayerCall) -> Finding:
             one.layer,
             one.step,
             f"It draws random numbers, its inputs agree, and {size}: each replica draws its own.",
-            _REMEDY_RANDOM if evidence.repaired else f"{_REMEDY_RANDOM} {_SAME_NUMBERS}",
+            f"{_REMEDY_RANDOM}{_SAME_NUMBERS * (evidence.repair == _FOR_TENSORFLOW)}",
         )
     if call.normalization is not None or call.class_name.endswith("Normalization"):
         return Finding(
@@ -388,9 +390,9 @@ def _of_metrics(evidence: Evidence, parts: Parts) -> Iterator[Finding]:
 
 
 def _repair(what: str, evidence: Evidence) -> str:
-    if evidence.repaired:
+    if evidence.repair is None:
         return f"{what}."
-    return f"{what}; Keras's own fit does so with syncbn.enable_multi_worker() (--repair)."
+    return f"{what}; Keras's own fit does so with {evidence.repair} (--repair)."
 
 
 def _times(one: Comparison) -> str:

@@ -30,6 +30,8 @@ from syncbn.verification.verdict import (
 
 __all__ = ["Judgement", "cannot_tell"]
 
+_OF_THE_MODEL = frozenset({Cause.NOT_SUMMED, Cause.STATISTICS})
+
 
 class Judgement:
     """Takes in the steps on replicas, one after another.
@@ -92,9 +94,11 @@ class Judgement:
             for comparison, departure in compared(number, pair, parts, self._tolerances):
                 comparisons.append(comparison)
                 departed += [] if departure is None else [departure]
-        repaired = self._on_replicas.repaired
-        for finding in findings_of(Evidence(number, pair, comparisons, departed, repaired)):
-            self._findings.setdefault((finding.cause, finding.layer), finding)
+        repair = None if self._on_replicas.repaired else self._on_replicas.repair
+        for finding in findings_of(Evidence(number, pair, comparisons, departed, repair)):
+            # What holds for the whole model is said once.
+            layer = "" if finding.cause in _OF_THE_MODEL else finding.layer
+            self._findings.setdefault((finding.cause, layer), finding)
         self._comparisons += comparisons
         self._steps = number
         if self._undefined is None and not np.all(np.isfinite(reference.losses.get(0, [0.0]))):
@@ -168,7 +172,10 @@ class Judgement:
         if failure is not None and self._comparisons:
             notes.append(f"Step {self._steps + 1} fails on the replicas: {in_words(failure)}")
         if failure is not None and not self._on_replicas.repaired:
-            notes.append(_TRY_REPAIR)
+            notes.append(
+                f"{self._on_replicas.repair} was not in effect, without which Keras's fit fails or "
+                "is wrong on several replicas: try --repair (repair=True)."
+            )
         if self._settings.steps > self._batches.steps:
             notes.append(f"The data are enough for {self._batches.steps} steps.")
         coarse = max(
@@ -192,12 +199,6 @@ class Judgement:
             shown = ", ".join(random[:3]) + ", …" * (len(random) > 3)
             notes.append(f"In inference, as they draw random numbers: {shown}.")
         return notes
-
-
-_TRY_REPAIR = (
-    "syncbn.enable_multi_worker() was not in effect, without which Keras's fit fails or is wrong "
-    "on several replicas and workers: try --repair (repair=True)."
-)
 
 
 def _unexplained(worst: Comparison) -> Finding:

@@ -190,7 +190,7 @@ def state_scale(pair: Pair, place: int) -> float:
     values = [
         float(np.max(np.abs(np.asarray(value, np.float64)), initial=0.0))
         for number, (variable, value) in enumerate(
-            zip(pair.structure.compared, pair.reference.after[0], strict=False)
+            zip(pair.structure.compared, pair.reference.after[0], strict=True)
         )
         if variable.kind == "state" and (number == place or (layer and variable.layer == layer))
     ]

@@ -9,12 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import keras
+
 from syncbn.errors import InputError
 from syncbn.verification.batches import Batches, make_batches
 from syncbn.verification.judging import Judgement, cannot_tell
 from syncbn.verification.measuring import Pair, Sharing, measure
 from syncbn.verification.recording import Step, Structure
-from syncbn.verification.running import backend, perturbed, run
+from syncbn.verification.running import Keep, backend, perturbed, run
 from syncbn.verification.settings import VerifySettings
 from syncbn.verification.steps import OnReplicas, Steps
 from syncbn.verification.tolerances import Tolerances
@@ -47,6 +49,12 @@ class Proof:
         self._build_model = build_model
         self._settings = settings
         self._by_processes = settings.workers is not None or not backend().HAS_LOCAL_REPLICAS
+        if self._by_processes and not backend().HAS_PROCESSES:
+            raise InputError(
+                "A verification by workers requires Keras on TensorFlow or torch. Received: "
+                f"workers={settings.workers} on {keras.backend.backend()}. Leave them out: its "
+                "replicas are devices of one process."
+            )
         self._batches: Batches = make_batches(
             data, settings.replicas_in_sync, settings.steps, settings.batch_size
         )
@@ -73,7 +81,7 @@ class Proof:
             one_device = backend("replicas").strategy_over(1, by_processes=False)
             try:
                 self._progress(f"{self._batches.steps} steps on one device")
-                run(self._build_model, self._batches, one_device, None, steps.keep, hold)
+                self._run(self._batches, one_device, None, steps.keep, hold)
                 tolerances = Tolerances(steps.structure(), backend().has_short_products())
                 self._progress("the same, off by a rounding")
                 self._amplify(one_device, steps, tolerances, hold)
@@ -117,7 +125,18 @@ class Proof:
             for measured in measure(pair):
                 tolerances.note(measured)
 
-        run(self._build_model, batches, strategy, before, keep, hold)
+        self._run(batches, strategy, before, keep, hold)
+
+    def _run(
+        self,
+        batches: Batches,
+        strategy: Any,
+        state_before: Callable[[int], list[Any]] | None,
+        keep: Keep,
+        hold: bool,
+    ) -> None:
+        repair = self._settings.repair
+        run(self._build_model, batches, strategy, state_before, keep, hold, repair)
 
     def _on_replicas(self, folder: Path, steps: Steps, hold: bool) -> OnReplicas:
         """Train on the replicas; what they did before they failed is kept."""
@@ -128,7 +147,7 @@ class Proof:
         strategy = backend("replicas").strategy_over(settings.replicas, by_processes=False)
         failure = None
         try:
-            run(self._build_model, self._batches, strategy, steps.before, own.keep, hold)
+            self._run(self._batches, strategy, steps.before, own.keep, hold)
         except InputError:
             raise
         except Exception as error:  # noqa: BLE001 - whatever the user's program raises
@@ -137,7 +156,8 @@ class Proof:
             processes=(own,),
             sharing=Sharing(*backend().sharing(strategy)),
             devices=tuple(backend().devices(strategy)),
-            repaired=backend().is_repaired(),
+            repair=backend().REPAIR,
+            repaired=backend().is_repaired() or settings.repair,
             failure=failure,
         )
 

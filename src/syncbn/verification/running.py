@@ -41,6 +41,7 @@ def run(
     state_before: Callable[[int], Sequence[Any]] | None,
     keep: Keep,
     hold: bool = False,
+    repair: bool = False,
 ) -> None:
     """Train over all batches and hand on each step.
 
@@ -52,6 +53,8 @@ def run(
             step to step.
         keep: given each step.
         hold: whether layers that draw random numbers are in inference.
+        repair: whether to do what syncbn has for the training, beyond `enable_multi_worker()`,
+            which comes before.
 
     Raises:
         InputError: what build_model returns cannot be trained on these batches, or differs from
@@ -61,15 +64,13 @@ def run(
     with contextlib.ExitStack() as stack:
         stack.enter_context(backend().on_replicas(strategy))
         model = built_model(build_model, batches)
+        if repair:
+            backend().repaired(model)
         recorder = Recorder(model, backend(), hold)
         stack.enter_context(recorder.attached())
         observer = _Observer(model, recorder, strategy, state_before, keep)
-        x, y, sample_weight = batches.fed(backend().part(strategy))
         model.fit(
-            x,
-            y,
-            sample_weight=sample_weight,
-            batch_size=backend().batch_size(strategy, batches.size),
+            **backend().fed(batches, strategy, repair),
             epochs=1,
             shuffle=False,
             verbose=0,
@@ -119,7 +120,7 @@ class _Observer(keras.callbacks.Callback):
         step.after = backend().values(self._compared, self._strategy)
         step.logs = {
             name: float(np.mean(keras.ops.convert_to_numpy(value)))
-            for name, value in (logs or {}).items()
+            for name, value in backend().logs(self.model, logs or {}).items()
         }
         structure = Structure(self.model.name, self._recorder.calls, self._variables)
         self._keep(batch, self._before, step, structure)

@@ -89,13 +89,15 @@ class OnReplicas(NamedTuple):
         processes: the steps of each process.
         sharing: what the results of replicas are to each other.
         devices: their names.
-        repaired: whether `enable_multi_worker()` was in effect.
+        repair: what syncbn has for the training on this backend.
+        repaired: whether that was in effect.
         failure: what ended it before its time, or None.
     """
 
     processes: tuple[Steps, ...]
     sharing: Sharing
     devices: tuple[str, ...]
+    repair: str
     repaired: bool
     failure: Exception | None
 

@@ -54,8 +54,9 @@ def verify(
         workers: so many processes, each a replica, in place of replicas of this process; then
             build_model must be a function at the top of a module. On torch replicas are always
             processes.
-        repair: switch `syncbn.enable_multi_worker()` on for the runs. By default they are as this
-            process is.
+        repair: have in the runs what syncbn has for the training: `enable_multi_worker()` on
+            TensorFlow, `distribute_dataset` on JAX, `average_gradients` on torch. By default they
+            are as this process and build_model are.
         random: train with dropout, augmentation and the like, which no replica draws as one device
             does: where they depart, a second verification has them in inference, and the verdict
             says both. False for the second one alone.

@@ -71,6 +71,7 @@ def run_by_workers(
         processes=processes,
         sharing=Sharing(*backend().sharing_of_processes(count, repair)),
         devices=tuple(f"worker {index}" for index in range(count)),
+        repair=backend().REPAIR,
         repaired=repair,
         failure=failure,
     )
@@ -112,6 +113,7 @@ def run_as_worker(folder: Path) -> None:
         Steps(folder, "one-device").before,
         Steps(folder, f"worker-{index}").keep,
         job.hold,
+        job.repair,
     )
 
 

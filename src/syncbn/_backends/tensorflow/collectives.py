@@ -15,11 +15,13 @@ from syncbn.moments import Moments, merge_table, pack_row, pack_sums, unpack_sum
 
 __all__ = [
     "SAME_SHAPE",
+    "WITHOUT_MIRRORED_VARIABLES",
     "Exchanged",
     "check_owner",
     "exchange",
     "moments_dtype",
     "replica_count",
+    "rows_of_replicas",
     "sum_over_group",
     "sum_over_replicas",
 ]
@@ -36,7 +38,7 @@ def replica_count() -> int:
         NotSynchronizableError: the code runs where the replicas cannot meet.
     """
     strategy = tf.distribute.get_strategy()
-    if isinstance(strategy, _WITHOUT_MIRRORED_VARIABLES):
+    if isinstance(strategy, WITHOUT_MIRRORED_VARIABLES):
         raise NotSynchronizableError(
             "Synchronized batch normalization requires replicas that train in step, each with its "
             "own copy of the variables, as under MirroredStrategy, MultiWorkerMirroredStrategy or "
@@ -218,6 +220,16 @@ def sum_over_group(vector: Any, groups: Groups | None = None) -> Any:
     return tf.reshape(flat, table.shape)[_this_group(groups)]
 
 
+def rows_of_replicas(row: Any, replicas: int) -> Any:
+    """The row of each replica, shape (R, n), the same bits on all of them; one collective.
+
+    Args:
+        row: shape (n,), of one size on every replica.
+        replicas: R.
+    """
+    return sum_over_replicas(_in_slot(row, _this_replica(), replicas))
+
+
 def _this_replica() -> Any:
     return tf.distribute.get_replica_context().replica_id_in_sync_group
 
@@ -257,7 +269,7 @@ _TPU_STRATEGIES = (
     tf.compat.v1.distribute.experimental.TPUStrategy,
 )
 
-_WITHOUT_MIRRORED_VARIABLES = (
+WITHOUT_MIRRORED_VARIABLES = (
     tf.distribute.experimental.CentralStorageStrategy,
     tf.distribute.experimental.ParameterServerStrategy,
     tf.distribute.ParameterServerStrategy,

@@ -90,6 +90,8 @@ def _by_groups(
     weights = None if batch.weights is None else view.of_weights(batch.weights)
     kernel = kernel_for(batch.inputs, batch.axis)
     local = kernel.moments(constant, weights, collectives.moments_dtype())
+    if scheme.watch is not None:
+        scheme.watch(local)
     moments, union = health.exchange(local, groups, batch.state, scheme.checked_layer)
     dtype = statistics_dtype(batch.inputs.dtype)
     gamma, beta = affine(moments)

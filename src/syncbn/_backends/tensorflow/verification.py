@@ -12,15 +12,18 @@ from keras.src.losses import loss as keras_loss
 
 __all__ = [
     "HAS_LOCAL_REPLICAS",
-    "batch_size",
+    "HAS_PROCESSES",
+    "REPAIR",
     "dense",
     "devices",
+    "fed",
     "has_short_products",
     "is_numeric",
     "is_repaired",
+    "logs",
     "observe",
     "on_replicas",
-    "part",
+    "repaired",
     "sharing",
     "sharing_of_processes",
     "values",
@@ -29,6 +32,10 @@ __all__ = [
 
 # One process may have several replicas.
 HAS_LOCAL_REPLICAS = True
+# Replicas may be processes.
+HAS_PROCESSES = True
+# What syncbn has for the training by `fit`.
+REPAIR = "syncbn.enable_multi_worker()"
 
 
 def is_numeric(value: Any) -> bool:
@@ -72,15 +79,26 @@ def on_replicas(strategy: Any) -> Iterator[None]:
         yield
 
 
-def part(strategy: Any) -> None:
-    """Every process has the whole batch; TensorFlow shares it out."""
-    del strategy
+def repaired(model: Any) -> Any:
+    """Nothing is to be done to a model: `enable_multi_worker()` repairs Keras."""
+    return model
 
 
-def batch_size(strategy: Any, size: int) -> int:
-    """What `fit` is given: of TensorFlow's replicas, the global one."""
-    del strategy
-    return size
+def fed(batches: Any, strategy: Any, repair: bool) -> dict[str, Any]:
+    """Arguments of `fit`: every process has the whole batches, and TensorFlow shares them out."""
+    del strategy, repair
+    return {
+        "x": batches.x,
+        "y": batches.y,
+        "sample_weight": batches.sample_weight,
+        "batch_size": batches.size,
+    }
+
+
+def logs(model: Any, of_step: dict[str, Any]) -> dict[str, Any]:
+    """What Keras reports of the step."""
+    del model
+    return of_step
 
 
 def wait(model: Any) -> None:

@@ -37,6 +37,8 @@ def normalize(
     rows = [tf.reshape(part, (-1, part.shape[-1])) for part in moments]
     table = tf.concat([tf.cast(part, dtype) for part in rows], axis=1)
     local = merge_table(table, xp, one_count=rows[0].shape[1] == 1)
+    if scheme.watch is not None:
+        scheme.watch(local)
     _, union = health.exchange(local, None, batch.state, scheme.checked_layer)
     gamma, beta = affine(union)
     scale = tf.math.rsqrt(moments.variance(xp) + scheme.epsilon)

@@ -22,6 +22,8 @@ __all__ = [
     "moments_dtype",
     "ranks_of",
     "replicas_of",
+    "replicas_of_model",
+    "rows_of_replicas",
     "sum_over_group",
 ]
 
@@ -69,6 +71,17 @@ def replicas_of(process_group: Any) -> Replicas:
     if process_group is not None and not torch.compiler.is_compiling():
         ranks_of(group)  # notes them
     return Replicas() if size == 1 else Replicas(size, own, group)
+
+
+def replicas_of_model(model: Any) -> Replicas:
+    """The processes that the layers of a model meet: of their group if they share one, else all."""
+    groups = {
+        id(layer.process_group): layer.process_group
+        for layer in model._flatten_layers()
+        if hasattr(layer, "process_group")
+    }
+    (group,) = groups.values() if len(groups) == 1 else (None,)
+    return replicas_of(group)
 
 
 def _not_a_member(group: str) -> NotSynchronizableError:
@@ -238,6 +251,18 @@ def sum_over_group(vector: Any, replicas: Replicas, groups: Groups | None = None
     own = _group_of(replicas.own, groups)
     table = _in_slot(vector, own, len(groups))
     return sum_over_replicas(table.flatten(), replicas).view(table.shape)[own]
+
+
+def rows_of_replicas(row: Any, replicas: Replicas) -> Any:
+    """The row of each replica, shape (R, n), the same bits on all of them; one collective.
+
+    Args:
+        row: shape (n,), of one size on every replica.
+        replicas: who takes part.
+    """
+    if replicas.size == 1:
+        return row[None]
+    return sum_over_replicas(_in_slot(row, replicas.own, replicas.size), replicas)
 
 
 def _group_of(replica: int, groups: Groups) -> int:

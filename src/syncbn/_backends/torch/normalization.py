@@ -78,6 +78,8 @@ def _by_groups(
     kernel = kernel_for(x, weights)
     with torch.no_grad():
         local = kernel.moments(x, weights, collectives.moments_dtype(x.device))
+        if scheme.watch is not None:
+            scheme.watch(local)
         moments, union = health.exchange(local, replicas, groups, batch.state, scheme.checked_layer)
     dtype = statistics_dtype(x.dtype)
     ones = torch.ones_like(moments.mean, dtype=dtype)

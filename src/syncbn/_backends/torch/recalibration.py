@@ -39,7 +39,7 @@ def vectors(model: Any, data: Any, gathered: Sequence[Any], steps: int | None) -
         gathered: variables, set to 0 before each step.
         steps: at most so many; None for as many as the process with most has.
     """
-    processes = _Processes(_replicas_of(model))
+    processes = _Processes(collectives.replicas_of_model(model))
     with processes.told_of_errors():
         adapter = EpochIterator(x=data.x, batch_size=data.batch_size, shuffle=False).data_adapter
         adapter.on_epoch_begin()
@@ -66,17 +66,6 @@ def _step(model: Any, x: Any, gathered: Sequence[Any]) -> Any:
             variable.value.zero_()
         model(x, training=False)
         return torch.cat([variable.value.reshape(-1) for variable in gathered]).cpu().numpy()
-
-
-def _replicas_of(model: Any) -> collectives.Replicas:
-    """The processes that the layers meet: of their group if they share one, else all."""
-    groups = {
-        id(layer.process_group): layer.process_group
-        for layer in model._flatten_layers()
-        if hasattr(layer, "process_group")
-    }
-    (group,) = groups.values() if len(groups) == 1 else (None,)
-    return collectives.replicas_of(group)
 
 
 class _Processes:

@@ -40,6 +40,8 @@ def normalize(
         rows = [part.reshape(part.shape[0], part.shape[-1]) for part in moments]
         table = torch.cat(rows, dim=1).to(collectives.moments_dtype(layout.x.device))
         local = merge_table(table, xp, one_count=rows[0].shape[1] == 1)
+        if scheme.watch is not None:
+            scheme.watch(local)
         _, union = health.exchange(local, replicas, None, batch.state, scheme.checked_layer)
     gamma, beta = affine(union)
     scale = torch.rsqrt(moments.variance(xp) + scheme.epsilon)
