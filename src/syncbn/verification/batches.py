@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any, NamedTuple
+from zipfile import BadZipFile
 
 import keras
 import numpy as np
@@ -99,9 +100,10 @@ def load_file(path: str | Path) -> tuple[Any, Any, Any]:
         InputError: it cannot be read, or has no x.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
+        # Opened here: NumPy leaves a file open that is no archive.
+        with Path(path).open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-    except (OSError, ValueError, AttributeError, EOFError) as error:
+    except (OSError, ValueError, AttributeError, EOFError, TypeError, BadZipFile) as error:
         raise InputError(
             f"Data to verify with require an .npz file of arrays. Received: {str(path)!r} "
             f"({error}). Write one: numpy.savez(path, x=x, y=y)."
@@ -153,7 +155,7 @@ def make_batches(data: Any, replicas: int, steps: int, size: int | None) -> Batc
 
 
 def _three(data: tuple[Any, ...]) -> tuple[Any, Any, Any]:
-    x, y, sample_weight = (*data, None, None)[:3] if len(data) <= 3 else (None, None, None)
+    x, y, sample_weight = (*data, None, None, None)[:3] if len(data) <= 3 else (None, None, None)
     if x is None or not tree.flatten(x):
         raise InputError(
             "Data to verify with require arrays: x, (x, y) or (x, y, sample_weight), or the path "

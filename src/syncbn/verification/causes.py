@@ -196,6 +196,15 @@ def _of_gradients(evidence: Evidence, parts: Parts) -> Finding:
         f"All outputs{' and the loss' * bool(pair.own.losses)} agree, and {len(failed)} of "
         f"{len(pair.structure.trainable)} gradients do not"
     )
+    if not np.isfinite(worst.difference):
+        return Finding(
+            Cause.NOT_FINITE,
+            worst.layer,
+            evidence.number,
+            f"{said}; going backward {worst.name} is the first, NaN, infinite or missing on one "
+            "side alone.",
+            "Look for a share that overflows: in float16 a smaller loss scale, or bfloat16.",
+        )
     ratio = _common_ratio(pair)
     if ratio is not None and _is_count(ratio, parts, worst.tolerance):
         return Finding(

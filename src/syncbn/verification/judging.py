@@ -17,7 +17,7 @@ from syncbn.verification.normalizing import Departed, compared
 from syncbn.verification.recording import Step, Structure
 from syncbn.verification.settings import VerifySettings
 from syncbn.verification.steps import OnReplicas, in_words
-from syncbn.verification.tolerances import COARSE, Tolerances
+from syncbn.verification.tolerances import COARSE, TOO_COARSE, Tolerances
 from syncbn.verification.verdict import (
     Cause,
     Comparison,
@@ -154,11 +154,11 @@ class Judgement:
         coarse = max(outputs, key=lambda one: one.tolerance, default=None)
         if coarse is None:
             return Outcome.CANNOT_TELL, f"No layer of {name} was called in a train step."
-        if coarse.tolerance > COARSE:
+        if coarse.tolerance > TOO_COARSE:
             return Outcome.CANNOT_TELL, (
                 f"Rounding alone may change the outputs of {coarse.layer} by "
-                f"{coarse.tolerance:.0%}, more than {COARSE:.0%}: verify {name} in a finer dtype, "
-                "or with smaller weights and inputs."
+                f"{coarse.tolerance:.0%}, more than {TOO_COARSE:.0%}: verify {name} in a finer "
+                "dtype, or with smaller weights and inputs."
             )
         steps = f"{self._steps} step{'s' * (self._steps > 1)}"
         return Outcome.AGREES, (
@@ -178,6 +178,17 @@ class Judgement:
             )
         if self._settings.steps > self._batches.steps:
             notes.append(f"The data are enough for {self._batches.steps} steps.")
+        coarse = max(
+            (one for one in self._comparisons if one.kind in {Kind.OUTPUT, Kind.GRADIENT}),
+            key=lambda one: one.tolerance,
+            default=None,
+        )
+        if coarse is not None and coarse.tolerance > COARSE:
+            notes.append(
+                f"Rounding alone may change the {coarse.kind.value} of {coarse.name} by "
+                f"{coarse.tolerance:.0%} of their largest, so that their agreement says little: a "
+                "finer dtype, larger batches or smaller inputs say more."
+            )
         compared_layers = {one.layer for one in self._comparisons if one.kind is Kind.OUTPUT}
         left = [call.key for call in self._structure.calls if call.key not in compared_layers]
         if left and self._comparisons:

@@ -16,6 +16,10 @@ from syncbn.verification.verdict import Kind
 __all__ = ["Measured", "Pair", "Sharing", "measure"]
 
 
+# Of the largest gradient, what sums that cancel may leave: 16 roundings.
+_NOTHING = {"bfloat16": 16 * 2.0**-7, "float16": 16 * 2.0**-10}
+
+
 class Sharing(NamedTuple):
     """What the results of several replicas are to each other, which depends on the backend.
 
@@ -138,12 +142,14 @@ def _loss(pair: Pair) -> Iterator[Measured]:
 def gradient_scale(pair: Pair, number: int) -> float:
     """What a gradient's difference is relative to.
 
-    Its largest value; for one that is next to nothing beside the others a thousandth of theirs, as
-    that of a bias in front of batch normalization, which is 0 but for rounding.
+    Its largest value; for one that is next to nothing beside the others a thousandth of theirs, or
+    what short dtypes leave of nothing, as that of a bias in front of batch normalization, which is
+    0 but for rounding.
     """
+    floor = max((_NOTHING.get(call.dtype, 1e-3) for call in pair.structure.calls), default=1e-3)
     largest = [scale_of(gradient) for gradient in pair.reference.gradients.get(0, {}).values()]
     own = np.abs(np.asarray(pair.reference.gradients[0][number], np.float64)).max(initial=0.0)
-    return float(max(own, 1e-3 * max(largest))) if np.isfinite(own) else 1.0
+    return float(max(own, floor * max(largest))) if np.isfinite(own) else 1.0
 
 
 def _gradients(pair: Pair) -> Iterator[Measured]:

@@ -18,6 +18,7 @@ from syncbn.verification.batches import Batches
 
 __all__ = ["built_model", "load_function", "name_of", "optimizers_of"]
 
+_LOSS_SCALE = 2.0**7
 _FORM = "module:function, as train:build_model or train.py:build_model"
 
 
@@ -167,6 +168,11 @@ def _built_model(build_model: Callable[[], Any], batches: Batches) -> Any:
         model(batches.rows(slice(0, 1))[0], training=False)
     if model.optimizer is not None:
         model.optimizer.build(model.trainable_variables)
+    if isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer):
+        # It starts so high that the first gradients overflow, by which it finds its scale; whether
+        # they do may hang on a rounding. A power of 2 changes no digit.
+        scale = model.optimizer.dynamic_scale
+        scale.assign(keras.ops.minimum(scale.value, _LOSS_SCALE))
     # Callbacks, which look on, are called once an execution.
     model.steps_per_execution = 1
     # What XLA compiles on one device it refuses on replicas, and it cannot be looked into.

@@ -10,11 +10,15 @@ from syncbn.verification.measuring import Measured
 from syncbn.verification.recording import Structure
 from syncbn.verification.verdict import Kind
 
-__all__ = ["COARSE", "FACTOR", "Tolerances", "rounding"]
+__all__ = ["COARSE", "FACTOR", "SHORT_FACTOR", "TOO_COARSE", "Tolerances", "rounding"]
 
 FACTOR = 8.0
-# Where rounding may amount to a tenth of the outputs, agreement says little.
+# Of dtypes of less than 32 bits: a replica computes the same roundings of an example as one device,
+# but where statistics that are kept in 32 bits or more tip one over; measured are 0.25 of this.
+SHORT_FACTOR = 4.0
+# Where rounding may amount to a tenth of the outputs, agreement says little; of a half, nothing.
 COARSE = 0.1
+TOO_COARSE = 0.5
 _SHORT = 2.0**-10
 
 _EXACT = frozenset({Kind.INPUT, Kind.SPREAD})
@@ -35,8 +39,15 @@ def rounding(dtype: str, has_short_products: bool = False) -> float:
     return float(np.finfo(dtype).eps)
 
 
+def _factor(epsilon: float) -> float:
+    return FACTOR if epsilon <= rounding("float32") else SHORT_FACTOR
+
+
 class Tolerances:
     """Of every quantity, `8 · (ε · √depth + amplified)`, relative to its largest value.
+
+    4 in place of 8 where ε is that of a dtype of less than 32 bits. Of losses and metrics ε is
+    float32's at least, in which Keras and its metrics may add them up.
 
     ε is one rounding of the coarsest dtype up to there, depth the number of calls of layers up to
     there (twice all of them for gradients and weights, whose rounding adds up both ways), and
@@ -79,22 +90,26 @@ class Tolerances:
             depth, epsilon = self._calls.get(measured.layer, self._whole)
         elif measured.kind in {Kind.GRADIENT, Kind.WEIGHT}:
             depth *= 2
+        elif measured.kind in {Kind.LOSS, Kind.METRIC}:
+            epsilon = max(epsilon, rounding("float32"))
         amplified = self._amplified.get((measured.kind, measured.name), 0.0)
-        return FACTOR * (epsilon * math.sqrt(depth) + amplified) + measured.allowance
+        return _factor(epsilon) * (epsilon * math.sqrt(depth) + amplified) + measured.allowance
 
     def of_normalization(self, dtype: str, conditioning: float) -> float:
-        """Of outputs against NumPy: `8 · ε · (1 + max |mean| / √(variance + epsilon))`."""
-        return FACTOR * max(rounding(dtype), rounding("float64")) * (1.0 + conditioning)
+        """Of outputs against NumPy: `8 · ε · (1 + max |mean| / √(variance + epsilon))`, or 4."""
+        epsilon = max(rounding(dtype), rounding("float64"))
+        return _factor(epsilon) * epsilon * (1.0 + conditioning)
 
     def in_words(self) -> str:
         """The same for a report."""
         depth, epsilon = self._whole
+        factor = f"{_factor(epsilon):.0f}"
         return (
             "Differences are relative to the largest value on one device. Rounding may amount to "
-            f"8 · (ε · √depth + amplified), with ε = {epsilon:.1e} of the coarsest dtype, depth = "
-            f"the number of calls of layers before (of {depth}; twice all of them for gradients "
-            "and weights), and what one device makes of weights and inputs that are off by one "
-            "rounding. Batch normalizations are compared with float64 NumPy over their own inputs "
-            "too, within 8 · ε · (1 + |mean| / deviation). Weights may also differ by what their "
-            "gradient's tolerance allows, and not at all between replicas."
+            f"{factor} · (ε · √depth + amplified), with ε = {epsilon:.1e} of the coarsest dtype, "
+            f"depth = the number of calls of layers before (of {depth}; twice all of them for "
+            "gradients and weights), and what one device makes of weights and inputs that are off "
+            "by one rounding. Batch normalizations are compared with float64 NumPy over their own "
+            f"inputs too, within {factor} · ε · (1 + |mean| / deviation). Weights may also differ "
+            "by what their gradient's tolerance allows, and not at all between replicas."
         )
