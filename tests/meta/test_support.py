@@ -81,6 +81,16 @@ CELLS = {
         "jax/test_export.py::test_the_exported_program_is_keras_s_own",
         "torch/test_export.py::test_the_exported_program_is_keras_s_own",
     ),
+    "`verify`": (
+        "tensorflow/test_verify.py::test_it_convicts_by_the_right_cause",
+        "jax/test_verify.py",
+        "torch/test_verify.py",
+    ),
+    "`SyncMonitor`": (
+        "tensorflow/test_monitor.py::test_distances_are_those_of_numpy_by_elements",
+        "jax/test_monitor.py",
+        "torch/test_monitor.py",
+    ),
     "`syncbn train`": (
         "cli/test_train.py",
         "cli/test_train_backends.py",
