@@ -50,17 +50,18 @@ def pytest_ignore_collect(collection_path):
 # What has a command of its own, which runs all of it.
 _SLOW = ("benchmarks", "frameworks", "models", "scenarios", "survival")
 # Of so many cases of a test one is run.
-_STEP = 10 if TF_KERAS else 8 if BACKEND in _FOLDERS else 3
+_STEP = 12 if TF_KERAS or BACKEND in _FOLDERS else 4
 # TensorFlow leaves out none of a test with few.
-_FEW = 4 if _STEP == 3 else 0
+_FEW = 4 if _STEP == 4 else 0
+# Chosen by their own tables already.
+_CHOSEN = ("test_scenarios.py", "test_verify.py")
 
 
 def pytest_collection_modifyitems(config, items):
     """Every claim is tested on every backend in the time of `make test`, by fewer cases.
 
-    On JAX and torch by every eighth case of each test, the first among them, with tf_keras, on
-    TensorFlow's kernels again, by every tenth; on TensorFlow by every third where the contract or
-    its own tests have many. SYNCBN_EVERY_CASE=1, as `make test-frameworks` has it, runs all.
+    On JAX, torch and tf_keras by every twelfth case of each test, the first among them; on
+    TensorFlow by every fourth where the contract or its own tests have many. SYNCBN_EVERY_CASE=1, as `make test-frameworks` has it, runs all.
     """
     if os.environ.get("SYNCBN_EVERY_CASE"):
         return
@@ -69,8 +70,7 @@ def pytest_collection_modifyitems(config, items):
     kept, left_out = [], []
     for item, test in zip(items, tests, strict=True):
         many = sizes[test] > _FEW and {"contract", BACKEND, "tf_keras"} & {*item.path.parts}
-        # By the scenarios' own table already, or by a command for it.
-        chosen = item.path.name == "test_scenarios.py" or any(map(item.get_closest_marker, _SLOW))
+        chosen = item.path.name in _CHOSEN or any(map(item.get_closest_marker, _SLOW))
         (left_out if many and seen[test] % _STEP and not chosen else kept).append(item)
         seen[test] += 1
     items[:] = kept

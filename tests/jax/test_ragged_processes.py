@@ -92,6 +92,7 @@ def test_two_processes_train_as_one_device(results):
         assert same == (how != "as it is"), case
 
 
+@pytest.mark.frameworks
 @pytest.mark.parametrize(
     ("how", "why"), [("fails", "Process 1 failed.*OSError: the disk is gone"), ("dies", "Nothing")]
 )

@@ -7,7 +7,7 @@ import pytest
 
 from tests.multiprocess.cluster import run_workers
 
-pytestmark = pytest.mark.multiprocess
+pytestmark = [pytest.mark.multiprocess, pytest.mark.survival]
 # By the worker that ends by SIGKILL.
 KILLED = {"killed": 1, "stopped": 1}
 # The others are as likely, but cost as much again.
