@@ -79,7 +79,10 @@ def acquit(
     case = CASES[name]
     case = case._replace(build=eagerly(case.build)) if eager else case
     verdict = verified(case, seed, replicas, dtype)
-    assert verdict.agrees, verdict
+    if dtype.endswith("16"):  # roundings may be too coarse for an answer
+        assert verdict.outcome is not Outcome.DEPARTS, verdict
+    else:
+        assert verdict.agrees, verdict
     assert {one.kind for one in verdict.comparisons} >= {Kind.INPUT, Kind.OUTPUT, Kind.GRADIENT}
     nearest = max(one.excess for one in verdict.comparisons)
     assert nearest < 0.7, f"{name} is {nearest:.2g} of the way to conviction"

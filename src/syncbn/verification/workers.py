@@ -79,10 +79,13 @@ def run_by_workers(
 
 def _what_they_said(folder: Path, count: int) -> str:
     paths = {index: _words_path(folder, index) for index in range(count)}
+    # Who failed first: the others lose a peer, and say so later.
     said = [
         f"worker {index}: {path.read_text(encoding='utf-8')}"
-        for index, path in paths.items()
-        if path.exists()
+        for index, path in sorted(
+            (item for item in paths.items() if item[1].exists()),
+            key=lambda item: item[1].stat().st_mtime_ns,
+        )
     ]
     return f"; {said[0]}" if said else ""
 
