@@ -61,7 +61,8 @@ def pytest_collection_modifyitems(config, items):
     """Every claim is tested on every backend in the time of `make test`, by fewer cases.
 
     On JAX, torch and tf_keras by every twelfth case of each test, the first among them; on
-    TensorFlow by every fourth where the contract or its own tests have many. SYNCBN_EVERY_CASE=1, as `make test-frameworks` has it, runs all.
+    TensorFlow by every fourth where the contract or its own tests have many. SYNCBN_EVERY_CASE=1,
+    as `make test-frameworks` has it, runs all.
     """
     if os.environ.get("SYNCBN_EVERY_CASE"):
         return

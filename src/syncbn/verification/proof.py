@@ -15,7 +15,6 @@ from syncbn.errors import InputError
 from syncbn.verification.batches import Batches, make_batches
 from syncbn.verification.judging import Judgement, cannot_tell
 from syncbn.verification.measuring import Pair, Sharing, measure
-from syncbn.verification.recording import Step, Structure
 from syncbn.verification.running import Keep, backend, perturbed, run
 from syncbn.verification.settings import VerifySettings
 from syncbn.verification.steps import OnReplicas, Steps
@@ -84,13 +83,14 @@ class Proof:
                 self._run(self._batches, one_device, None, steps.keep, hold)
                 tolerances = Tolerances(steps.structure(), backend().has_short_products())
                 self._progress("the same, off by a rounding")
-                self._amplify(one_device, steps, tolerances, hold)
+                rounded = self._rounded(one_device, steps, tolerances, hold)
             except InputError:
                 raise
             except Exception as error:  # noqa: BLE001 - whatever the user's program raises
                 return cannot_tell("one device", error, self._settings, self._batches)
             kind = "workers" if self._by_processes else "replicas"
             self._progress(f"the same on {self._settings.replicas_in_sync} {kind}")
+            self._note_amplified(steps, rounded, tolerances)
             on_replicas = self._on_replicas(folder, steps, hold)
             judgement = Judgement(
                 steps.structure(), tolerances, self._settings, self._batches, on_replicas, hold
@@ -102,7 +102,7 @@ class Proof:
                 judgement.add(number + 1, steps.before(number), steps.step(number), own)
             return judgement.verdict()
 
-    def _amplify(self, strategy: Any, steps: Steps, tolerances: Tolerances, hold: bool) -> None:
+    def _rounded(self, strategy: Any, steps: Steps, tolerances: Tolerances, hold: bool) -> Steps:
         """One device again, with weights and inputs that are off by a rounding."""
         epsilon = tolerances.epsilon
         structure = steps.structure()
@@ -117,15 +117,21 @@ class Proof:
                 )
             ]
 
-        def keep(number: int, state: list[Any], step: Step, own: Structure) -> None:
-            del state
-            reference = steps.step(number)
+        rounded = steps.beside("rounded")
+        self._run(batches, strategy, before, rounded.keep, hold)
+        return rounded
+
+    def _note_amplified(self, steps: Steps, rounded: Steps, tolerances: Tolerances) -> None:
+        """Take in how far the roundings have come."""
+        own = rounded.structure()
+        for number in range(self._batches.steps):
+            reference, step = steps.step(number), rounded.step(number)
             step.data = dict(reference.data)  # the same rows, of other content
-            pair = Pair(structure, steps.before(number), reference, own, step, Sharing(), {})
+            before = steps.before(number)
+            pair = Pair(steps.structure(), before, reference, own, step, Sharing(), {})
             for measured in measure(pair):
                 tolerances.note(measured)
-
-        self._run(batches, strategy, before, keep, hold)
+            rounded.forget(number)
 
     def _run(
         self,

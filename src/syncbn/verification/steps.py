@@ -52,6 +52,14 @@ class Steps:
             pickle.load(file)
             return pickle.load(file)  # type: ignore[no-any-return]
 
+    def beside(self, name: str) -> Steps:
+        """Those of another run, in the same folder."""
+        return Steps(self._folder, name)
+
+    def forget(self, number: int) -> None:
+        """Give back the space of a step."""
+        self._path(number).unlink()
+
     def structure(self) -> Structure:
         """What the model is made of."""
         with self._path("structure").open("rb") as file:
