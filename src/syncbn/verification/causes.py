@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from syncbn.verification.aligning import Parts, difference
-from syncbn.verification.measuring import Pair, Sharing, gradient_scale
+from syncbn.verification.counts import (
+    common_ratio,
+    is_count,
+    mean_of_means,
+    reweighted,
+)
+from syncbn.verification.measuring import Pair, Sharing
 from syncbn.verification.normalizing import Departed, of_normalizations
 from syncbn.verification.recording import LayerCall
 from syncbn.verification.verdict import Cause, Comparison, Finding, Kind
@@ -159,19 +165,19 @@ def _of_loss(evidence: Evidence, parts: Parts) -> Finding:
     assert own is not None
     tolerance = evidence.failed(Kind.LOSS)[0].tolerance
     said = f"All outputs agree, and the loss is {own:.6g} where one device has {expected:.6g}"
-    reweighted = _reweighted(
+    mended = reweighted(
         {replica: sum(losses) for replica, losses in pair.own.losses.items()}, parts
     )
-    if reweighted is not None and difference(reweighted, expected) <= tolerance:
+    if mended is not None and difference(mended, expected) <= tolerance:
         return Finding(
             Cause.EQUAL_WEIGHTS,
             "",
             evidence.number,
-            _mean_of_means(said, parts),
+            mean_of_means(said, parts),
             _repair("Divide the sum over all examples by their number", evidence),
         )
     ratio = own / expected if expected else float("nan")
-    if _is_count(ratio, parts, tolerance):
+    if is_count(ratio, parts, tolerance):
         return Finding(
             Cause.LOSS_COUNT,
             "",
@@ -205,8 +211,8 @@ def _of_gradients(evidence: Evidence, parts: Parts) -> Finding:
             "side alone.",
             "Look for a share that overflows: in float16 a smaller loss scale, or bfloat16.",
         )
-    ratio = _common_ratio(pair)
-    if ratio is not None and _is_count(ratio, parts, worst.tolerance):
+    ratio = common_ratio(pair)
+    if ratio is not None and is_count(ratio, parts, worst.tolerance):
         return Finding(
             Cause.LOSS_COUNT,
             "",
@@ -214,12 +220,12 @@ def _of_gradients(evidence: Evidence, parts: Parts) -> Finding:
             f"All outputs agree, and all gradients are {ratio:.4g} times those of one device.",
             _repair("Divide the sum of the losses by the size of the global batch", evidence),
         )
-    if _agrees_reweighted(pair, parts, failed):
+    if agrees_reweighted(pair, parts, failed):
         return Finding(
             Cause.EQUAL_WEIGHTS,
             "",
             evidence.number,
-            _mean_of_means(said, parts),
+            mean_of_means(said, parts),
             _repair("Divide the sum over all examples by their number", evidence),
         )
     said = f"{said}; going backward the first is {worst.name}, off by {worst.difference:.2g}"
@@ -276,74 +282,6 @@ def _first_backwards(
     return first, [call.key for call in calls[start + 1 : min(behind) + 1]] if behind else []
 
 
-def _mean_of_means(said: str, parts: Parts) -> str:
-    sizes = ", ".join(map(str, parts.sizes))
-    return (
-        f"{said}. With each replica's share by its number of examples ({sizes}) they agree: it is "
-        "the mean of the replicas' means."
-    )
-
-
-def _is_count(ratio: float, parts: Parts, tolerance: float) -> bool:
-    """Whether it may be one count divided by another."""
-    replicas, sizes = len(parts.rows), parts.sizes
-    candidates = {float(replicas), 1.0 / replicas, float(parts.size), 1.0 / parts.size}
-    candidates |= {parts.size / size for size in sizes if size}
-    candidates |= {size / parts.size for size in sizes if size}
-    slack = max(10 * tolerance, 1e-4)
-    return any(abs(ratio / one - 1) <= slack for one in candidates if one != 1.0)
-
-
-def _common_ratio(pair: Pair) -> float | None:
-    """By what all gradients differ, if by one factor."""
-    ratios = []
-    for number, expected in pair.reference.gradients.get(0, {}).items():
-        own = pair.total_gradient(number)
-        expected = np.asarray(expected, np.float64)
-        if own is None or np.abs(expected).max(initial=0.0) < gradient_scale(pair, number):
-            continue
-        own = np.asarray(own, np.float64)
-        ratio = float(np.sum(own * expected) / np.sum(expected**2))
-        if difference(own, ratio * expected) > 1e-2:
-            return None
-        ratios.append(ratio)
-    if not ratios or max(ratios) - min(ratios) > 1e-2 * abs(max(ratios)):
-        return None
-    return float(np.median(ratios))
-
-
-def _reweighted(values: Mapping[int, Any], parts: Parts) -> Any | None:
-    """Shares of equal size, made shares by the number of examples."""
-    replicas = len(parts.rows)
-    if len(set(parts.sizes)) == 1 or not values.keys() >= set(parts.order):
-        return None
-    return sum(
-        np.asarray(values[replica], np.float64) * len(rows) * replicas / parts.size
-        for replica, rows in parts.rows.items()
-        if len(rows)
-    )
-
-
-def _agrees_reweighted(pair: Pair, parts: Parts, failed: Sequence[Comparison]) -> bool:
-    """Whether a gradient that is wrong is right once it is weighted by examples.
-
-    Of the last layers: in front of a synchronized layer shares have been mixed.
-    """
-    wrong = {one.name: one for one in failed}
-    for number, expected in sorted(pair.reference.gradients.get(0, {}).items(), reverse=True):
-        one = wrong.get(pair.structure.trainable[number].path)
-        shares = {
-            replica: gradients[number]
-            for replica, gradients in pair.own.gradients.items()
-            if number in gradients
-        }
-        if one is None or not pair.sharing.summed_gradients:
-            continue
-        mended = _reweighted(shares, parts)
-        return mended is not None and difference(mended, expected) <= 10 * one.tolerance
-    return False
-
-
 def _of_spread(evidence: Evidence) -> Iterator[Finding]:
     """Copies of one variable that differ from replica to replica."""
     failed = evidence.failed(Kind.SPREAD)
@@ -390,7 +328,8 @@ def _of_metrics(evidence: Evidence, parts: Parts) -> Iterator[Finding]:
 
 
 def _repair(what: str, evidence: Evidence) -> str:
-    if evidence.repair is None:
+    # What syncbn has for JAX and torch is no repair of what Keras computes.
+    if evidence.repair != _FOR_TENSORFLOW:
         return f"{what}."
     return f"{what}; Keras's own fit does so with {evidence.repair} (--repair)."
 
