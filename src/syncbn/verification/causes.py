@@ -9,6 +9,7 @@ import numpy as np
 
 from syncbn.verification.aligning import Parts, difference
 from syncbn.verification.counts import (
+    agrees_reweighted,
     common_ratio,
     is_count,
     mean_of_means,
