@@ -1,16 +1,19 @@
-"""What SyncMonitor costs: a hundred steps with it at its default interval, and without, in turn.
+"""What SyncMonitor costs: single steps with it and without in turn, and what a reading takes.
 
 A residual network as people train, and one that does not favour it: many small layers on vectors,
-where a step is little but the overhead of its operations. Each block of steps is one interval:
-every step tells, one is read, with a file for TensorBoard.
+where a step is little but the overhead of its operations. Every step tells what it sees; one of an
+interval is read, with a file for TensorBoard. Steps in turn, for a machine's speed drifts by more
+than what is to be seen.
 
     python benchmarks/monitor.py --output benchmarks/results/monitor.json
 """
 
 from __future__ import annotations
 
+import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,7 +30,8 @@ from machine import options, write
 from syncbn._backends.tensorflow.replicas import mirrored_strategy
 from syncbn.monitoring import SyncMonitor
 
-INTERVAL = 100
+INTERVAL = 100  # the default
+NEVER = 10**9
 BASELINE = "without"
 
 
@@ -65,8 +69,10 @@ MODELS: dict[str, tuple[Callable[[], keras.Model], int, int]] = {
 }
 
 
-def make_block(name: str, monitored: bool, folder: Path) -> Callable[[], object]:
-    """A hundred steps of fit as the trainer runs them."""
+def make_step(
+    name: str, monitored: bool, folder: Path
+) -> tuple[Callable[[], object], Callable[[], object]]:
+    """A step of fit as the trainer runs it, and a reading."""
     make_model, batch, replicas = MODELS[name]
     strategy = mirrored_strategy(replicas) if replicas > 1 else tf.distribute.get_strategy()
     with strategy.scope():
@@ -80,41 +86,54 @@ def make_block(name: str, monitored: bool, folder: Path) -> Callable[[], object]
     dataset = tf.data.Dataset.from_tensor_slices((x, y)).repeat().batch(batch, drop_remainder=True)
     iterator = iter(strategy.experimental_distribute_dataset(dataset))
     model.make_train_function()
+    monitor = SyncMonitor(folder, interval=NEVER)
     if monitored:
-        monitor = SyncMonitor(folder, interval=INTERVAL)
         monitor.set_model(model)
         monitor.on_train_begin()
 
-    def block() -> None:
-        for _ in range(INTERVAL):
-            logs = model.train_function(iterator)
-        float(logs["loss"])
+    def step() -> None:
+        float(model.train_function(iterator)["loss"])
 
-    return block
+    return step, lambda: monitor._watch.read()
 
 
-def measure(name: str, rounds: int) -> dict[str, dict[str, float]]:
-    """Figures of blocks with the monitor and without."""
+def measure(name: str, rounds: int) -> tuple[dict[str, dict[str, float]], float]:
+    """Figures of steps with the monitor and without, and milliseconds of a reading."""
     with tempfile.TemporaryDirectory() as folder:
-        blocks = {
-            BASELINE: make_block(name, False, Path(folder)),
-            "monitored": make_block(name, True, Path(folder)),
-        }
-        return interleaved(blocks, rounds, BASELINE)
+        plain, _ = make_step(name, False, Path(folder))
+        monitored, read = make_step(name, True, Path(folder))
+        for _ in range(3):  # traced, and once more
+            plain(), monitored(), read()
+        figures = interleaved({BASELINE: plain, "monitored": monitored}, rounds, BASELINE)
+        readings = []
+        for _ in range(20):
+            monitored()
+            start = time.perf_counter()
+            read()
+            readings.append(1e3 * (time.perf_counter() - start))
+        return figures, statistics.median(readings)
 
 
 def main() -> int:
     """Measure every model, print a table, write the JSON."""
-    arguments = options(__doc__, rounds=10).parse_args()
+    arguments = options(__doc__, rounds=200).parse_args()
     results = []
     for name, (_, batch, replicas) in MODELS.items():
-        figures = measure(name, arguments.rounds)
-        results.append({"model": name, "batch": batch, "replicas": replicas, "figures": figures})
-        print(f"{name}, {replicas} replicas")
+        figures, reading = measure(name, arguments.rounds)
+        results.append(
+            {
+                "model": name,
+                "batch": batch,
+                "replicas": replicas,
+                "figures": figures,
+                "milliseconds_of_a_reading": round(reading, 3),
+            }
+        )
+        print(f"{name}, {replicas} replicas; a reading takes {reading:.2f} ms")
         show(figures, BASELINE)
     write(
         arguments.output,
-        what=f"{INTERVAL} steps of fit, of which one is read, float32",
+        what="steps of fit, and readings, float32",
         interval=INTERVAL,
         rounds=arguments.rounds,
         results=results,

@@ -244,25 +244,42 @@ def monitor(document: Any, _images: Path) -> list[str]:
     """On what watching costs."""
     rows = []
     for result in document["results"]:
-        figure = result["figures"]["monitored"]
+        figure, plain = result["figures"]["monitored"], result["figures"]["without"]
         low, median, high = (
             100 * (1 / figure[name] - 1)
             for name in ("upper_quartile", "times_as_fast_as_without", "lower_quartile")
         )
+        reading, step = result["milliseconds_of_a_reading"], plain["milliseconds_median"]
+        share = 100 * reading / document["interval"] / step
         rows.append(
             [
                 result["model"],
                 str(result["replicas"]),
-                f"{figure['milliseconds_median'] / document['interval']:.2f}",
+                f"{step:.2f}",
                 f"{median:+.1f} % ({low:+.1f} to {high:+.1f})",
+                f"{reading:.1f}",
+                f"{share:.1f} %",
+                f"{median + share:+.1f} %",
             ]
         )
     return [
         "## Watching with SyncMonitor",
         "",
-        f"{document['interval']} steps of fit at a time, of which one is read and written for "
-        f"TensorBoard, against as many without; {document['rounds']} rounds on TensorFlow. What it "
-        "adds is below what rounds differ by where the quartiles have 0 between them.",
+        f"Steps of fit with it and without in turn, {document['rounds']} of each, on TensorFlow; "
+        f"and a reading, written for TensorBoard, which is one of {document['interval']} steps. "
+        "What each step has to tell is below what steps differ by where the quartiles have 0 "
+        "between them.",
         "",
-        *table(["model", "replicas", "ms a step, watched", "more time than without"], rows),
+        *table(
+            [
+                "model",
+                "replicas",
+                "ms a step",
+                "more, watched",
+                "ms a reading",
+                f"of {document['interval']} steps",
+                "together",
+            ],
+            rows,
+        ),
     ]
