@@ -26,7 +26,7 @@ hypothesis.settings.register_profile(
     derandomize=True,
     # JAX compiles each example, for a second; with tf_keras the kernels are TensorFlow's again.
     max_examples=int(
-        os.environ.get("SYNCBN_EXAMPLES", "4" if BACKEND == "jax" or TF_KERAS else "20")
+        os.environ.get("SYNCBN_EXAMPLES", "4" if BACKEND == "jax" or TF_KERAS else "15")
     ),
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )

@@ -190,6 +190,7 @@ def interrupted(folder, condition):
     return process.returncode, stdout, stderr
 
 
+@pytest.mark.survival
 def test_ctrl_c_keeps_the_finished_epochs_and_exits_130(tmp_path):
     folder = tmp_path / "out"
     start = time.monotonic()

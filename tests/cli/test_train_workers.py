@@ -136,6 +136,7 @@ PROCESSES = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.survival
 @PROCESSES
 def test_ctrl_c_keeps_the_finished_epochs_exits_130_and_leaves_no_process(tmp_path, options, name):
     folder = tmp_path / "out"

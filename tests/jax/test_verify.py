@@ -60,7 +60,11 @@ def verified(*normalizations, examples=18, masked=True, **options):
 
 
 @pytest.mark.parametrize(
-    "normalization", [syncbn.SyncBatchNormalization, keras.layers.BatchNormalization]
+    "normalization",
+    [
+        syncbn.SyncBatchNormalization,
+        pytest.param(keras.layers.BatchNormalization, marks=pytest.mark.frameworks),
+    ],
 )
 def test_layers_that_are_global_under_a_distribution_agree_masks_too(normalization):
     verdict = verified(normalization, normalization)

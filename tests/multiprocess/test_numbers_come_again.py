@@ -19,6 +19,7 @@ def assert_right_on_two_workers(rounds, timeout):
     assert one["came_again"]
 
 
+@pytest.mark.survival
 def test_two_workers_that_come_apart_sum_alike_and_end_their_data():
     assert_right_on_two_workers(120, timeout=60)
 

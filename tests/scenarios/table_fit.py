@@ -54,7 +54,7 @@ def batches_of_seven(world: World) -> Any:
     return fit(dense_model(world), normal(30, 6), targets(30), batch_size=7)
 
 
-@scenario(covers=["sample weights", "ragged last batch", "weighted metrics"], core=FEW)
+@scenario(covers=["sample weights", "ragged last batch", "weighted metrics"], core=REPLICAS)
 def sample_weights(world: World) -> Any:
     model = dense_model(world, metrics=lambda: ["mae"], weighted_metrics=lambda: ["mse"])
     weights = np.abs(normal(65, seed=8))

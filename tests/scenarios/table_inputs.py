@@ -84,7 +84,7 @@ def _batches(seen: list[int], size: int) -> Iterator[Any]:
         yield x[32 * step : 32 * (step + 1)], y[32 * step : 32 * (step + 1)]
 
 
-@scenario(covers=["generators lose no batch"], core=FEW, repairs=["building"])
+@scenario(covers=["generators lose no batch"], core=("one", "workers2x1"), repairs=["building"])
 def generator(world: World) -> Any:
     """One epoch that the generator's end bounds; every batch is trained on."""
     seen: list[int] = []

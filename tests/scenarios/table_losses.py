@@ -18,7 +18,7 @@ from tests.scenarios.models import (
     set_weights,
     targets,
 )
-from tests.scenarios.scenario import FEW, REPLICAS, scenario
+from tests.scenarios.scenario import REPLICAS, scenario
 from tests.scenarios.world import World
 
 REDUCTIONS = ["sum", "none", "mean", "mean_with_sample_weight", "sum_over_batch_size"]
@@ -127,7 +127,7 @@ def _masked(world: World, **compiled: Any) -> Any:
     return model
 
 
-@scenario(covers=["masked losses with unequal masks"], core=FEW, repairs=["loss"])
+@scenario(covers=["masked losses with unequal masks"], core=REPLICAS, repairs=["loss"])
 def masks(world: World) -> Any:
     model = _masked(world, metrics=lambda: ["mae"], weighted_metrics=lambda: ["mse"])
     return fit(model, *_sequences(), validation_data=_sequences(5))
@@ -200,7 +200,7 @@ for _how in ("guide", "compute_loss", "own"):
     )
 
 
-@scenario(covers=["dropout, the same mask on every replica"], core=FEW, repairs=["seeds"])
+@scenario(covers=["dropout, the same mask on every replica"], core=REPLICAS, repairs=["seeds"])
 def dropout(world: World) -> Any:
     """Not what one device draws, but another mask for every example, at the right rate."""
     with world.scope():
