@@ -92,7 +92,7 @@ def _of_output(evidence: Evidence, one: Comparison, call: LayerCall) -> Finding:
             Cause.RANDOM,
             one.layer,
             one.step,
-            f"It draws random numbers, its inputs agree, and {size}: each replica draws its own.",
+            f"It draws random numbers, its inputs agree, and {size}: replicas draw for themselves.",
             f"{_REMEDY_RANDOM}{_SAME_NUMBERS * (evidence.repair == _FOR_TENSORFLOW)}",
         )
     if call.normalization is not None or call.class_name.endswith("Normalization"):
