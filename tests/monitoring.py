@@ -98,9 +98,12 @@ def trained(
 
 
 def bits_of(made: Any) -> list[bytes]:
-    """Every variable of the model and its optimizer."""
+    """Every variable of the model and its optimizer; of NaN the sign says nothing."""
     variables = [*made.variables, *made.optimizer.variables]
-    return [np.asarray(keras.ops.convert_to_numpy(v)).tobytes() for v in variables]
+    arrays = [np.asarray(keras.ops.convert_to_numpy(v)) for v in variables]
+    return [
+        np.where(array == array, array, np.nan).astype(array.dtype).tobytes() for array in arrays
+    ]
 
 
 def expected(parts: Sequence[np.ndarray], epsilon: float = EPSILON) -> dict[str, float]:
