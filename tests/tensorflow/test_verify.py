@@ -101,6 +101,7 @@ def test_it_convicts_by_the_right_cause(name):
 @pytest.mark.models
 @pytest.mark.parametrize("dtype", ["float32", "float64", "mixed_bfloat16", "mixed_float16"])
 @pytest.mark.parametrize("name", [name for name in CASES if name != "jit"])
+@pytest.mark.filterwarnings("ignore:.build\\(\\). was called on layer:UserWarning")
 def test_it_acquits_all(name, dtype, monkeypatch):
     # oneDNN has no convolution of an empty part.
     monkeypatch.setenv("TF_ENABLE_ONEDNN_OPTS", "0")

@@ -349,7 +349,8 @@ CASES: dict[str, Case] = {
     "jit": Case(lambda: compiled(dense(), jit_compile=True), floats(5)),
     "steps per execution": Case(lambda: compiled(dense(), steps_per_execution=4), floats(5)),
     "renorm": Case(normalized_by(renorm=True), IMAGES),
-    "virtual batches": Case(normalized_by(virtual_batch_size=2), IMAGES),
+    # Of more than one example, a ragged batch falls into others on replicas than on one device.
+    "virtual batches": Case(normalized_by(virtual_batch_size=1), IMAGES),
     "activation": Case(normalized_by(activation="relu"), IMAGES),
     "no gamma, beta": Case(normalized_by(scale=False, center=False), IMAGES),
     **{

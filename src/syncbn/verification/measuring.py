@@ -139,14 +139,18 @@ def _loss(pair: Pair) -> Iterator[Measured]:
         yield Measured(Kind.LOSS, "loss", "", difference(own, expected))
 
 
+_SMALL = 0.1
+
+
 def gradient_scale(pair: Pair, number: int) -> float:
     """What a gradient's difference is relative to.
 
-    Its largest value; for one that is next to nothing beside the others a thousandth of theirs, or
-    what short dtypes leave of nothing, as that of a bias in front of batch normalization, which is
-    0 but for rounding.
+    Its largest value; for one that is small beside the others a tenth of theirs, or what short
+    dtypes leave of nothing. It may be a sum that cancels, as that of a bias in front of batch
+    normalization, which is 0 but for rounding, or of the last bias. What is wrong by itself is
+    wrong by ten thousand times the tolerance, and still seen.
     """
-    floor = max((_NOTHING.get(call.dtype, 1e-3) for call in pair.structure.calls), default=1e-3)
+    floor = max([_SMALL, *(_NOTHING.get(call.dtype, 0.0) for call in pair.structure.calls)])
     largest = [scale_of(gradient) for gradient in pair.reference.gradients.get(0, {}).values()]
     own = np.abs(np.asarray(pair.reference.gradients[0][number], np.float64)).max(initial=0.0)
     return float(max(own, floor * max(largest))) if np.isfinite(own) else 1.0
