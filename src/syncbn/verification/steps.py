@@ -30,12 +30,11 @@ class Steps:
 
     def keep(self, number: int, before: list[Any], step: Step, structure: Structure) -> None:
         """Put one away, counted from 0."""
-        with written_whole(self._path(number)) as path, path.open("wb") as file:
-            pickle.dump(before, file)
-            pickle.dump(step, file)
+        # The step last: where it is, the rest is there.
         if number == 0:
-            with written_whole(self._path("structure")) as path, path.open("wb") as file:
-                pickle.dump(structure, file)
+            self._write("structure", structure)
+        self._write(f"before-{number}", before)
+        self._write(number, step)
 
     def has(self, number: int) -> bool:
         """Whether there is such a step."""
@@ -43,14 +42,11 @@ class Steps:
 
     def before(self, number: int) -> list[Any]:
         """All variables before that step."""
-        with self._path(number).open("rb") as file:
-            return pickle.load(file)  # type: ignore[no-any-return]
+        return self._read(f"before-{number}")  # type: ignore[no-any-return]
 
     def step(self, number: int) -> Step:
         """What was recorded of it."""
-        with self._path(number).open("rb") as file:
-            pickle.load(file)
-            return pickle.load(file)  # type: ignore[no-any-return]
+        return self._read(number)  # type: ignore[no-any-return]
 
     def beside(self, name: str) -> Steps:
         """Those of another run, in the same folder."""
@@ -59,14 +55,22 @@ class Steps:
     def forget(self, number: int) -> None:
         """Give back the space of a step."""
         self._path(number).unlink()
+        self._path(f"before-{number}").unlink()
 
     def structure(self) -> Structure:
         """What the model is made of."""
-        with self._path("structure").open("rb") as file:
-            return pickle.load(file)  # type: ignore[no-any-return]
+        return self._read("structure")  # type: ignore[no-any-return]
 
-    def _path(self, number: int | str) -> Path:
-        return self._folder / f"{self._name}-{number}.pickle"
+    def _write(self, what: int | str, value: Any) -> None:
+        with written_whole(self._path(what)) as path, path.open("wb") as file:
+            pickle.dump(value, file)
+
+    def _read(self, what: int | str) -> Any:
+        with self._path(what).open("rb") as file:
+            return pickle.load(file)
+
+    def _path(self, what: int | str) -> Path:
+        return self._folder / f"{self._name}-{what}.pickle"
 
 
 def _merged(steps: list[Step]) -> Step:
