@@ -11,18 +11,19 @@ BENCHMARKS ?= layer one_device kernels features training workers accuracy scalin
 	on_torch monitor
 
 .PHONY: help demo test lint types format bench lock test-benchmarks test-models test-scenarios \
-	test-survival test-frameworks test-versions test-doctor clean
+	test-survival test-frameworks test-versions test-doctor test-engines clean
 
 help:
 	@echo "make demo           train on two replicas and compare with one device (2 minutes)"
 	@echo "make test           lint, types and the whole suite"
 	@echo "make format         rewrite the code in the house's format"
-	@echo "make bench          measure all against Keras's and write docs/speed.md (12 minutes)"
+	@echo "make bench          measure all against Keras's and write docs/reference/speed.md (12 minutes)"
 	@echo "make test-benchmarks what the benchmarks measure (2 minutes)"
 	@echo "make test-models    models of keras.applications, on workers, converted, folded (15 minutes)"
 	@echo "make test-scenarios Keras's training on replicas and workers, the whole table (20 minutes)"
 	@echo "make test-survival  resuming, workers that part or are killed, the whole selftest, a long soak"
 	@echo "make test-frameworks all cases on each framework, models between them (30 minutes)"
+	@echo "make test-engines   Ray on JAX and torch, more shapes of Slurm and MPI, at length"
 	@echo "make test-versions  the contract on older TensorFlow and Keras (30 minutes)"
 	@echo "make test-doctor    the doctor's table, each TensorFlow in an environment of its own (half an hour)"
 	@echo "make lock           resolve requirements.in into requirements.lock"
@@ -98,6 +99,9 @@ test-frameworks: $(READY)
 test-scenarios: $(READY)
 	$(BIN)/python -m tests.scenarios
 	$(BIN)/python -m pytest -m scenarios
+
+test-engines: $(READY)
+	$(BIN)/python -m pytest -m engines --timeout 1200
 
 test-versions: $(READY)
 	$(BIN)/python tests/versions.py

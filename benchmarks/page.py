@@ -1,4 +1,4 @@
-"""Makes docs/speed.md and its plots from benchmarks/results, and from nothing else.
+"""Makes docs/reference/speed.md and its plots from benchmarks/results, and from nothing else.
 
 python benchmarks/page.py
 """
@@ -131,8 +131,10 @@ def main() -> int:
     if not results:
         parser.error(f"{arguments.results} has no results: run `make bench`")
     text = page(results, arguments.docs / "images")
-    (arguments.docs / "speed.md").write_text(text, encoding="utf-8")
-    print(f"{arguments.docs / 'speed.md'} from {len(results)} files of results")
+    made = arguments.docs / "reference" / "speed.md"
+    made.parent.mkdir(parents=True, exist_ok=True)
+    made.write_text(text, encoding="utf-8")
+    print(f"{made} from {len(results)} files of results")
     return 0
 
 

@@ -88,7 +88,7 @@ def _shapes(document: Any, baseline: str, image: Path) -> list[str]:
     if shares:
         path = image.with_stem(f"{image.stem}-bandwidth")
         bars(path, shares, "share of the copy bandwidth, %", (100, "as fast as copying"), ".1")
-        lines += [f"![share of the copy bandwidth](images/{path.name})", ""]
+        lines += [f"![share of the copy bandwidth](../images/{path.name})", ""]
     return lines
 
 
@@ -96,7 +96,7 @@ def _plot(image: Path, groups: Mapping[str, Mapping[str, Bar]], baseline: str) -
     """Speeds as bars, and the line that shows them."""
     text = f"times as fast as {NAMES[baseline]}"
     bars(image, groups, f"{text}; whiskers: quartiles", (1.0, f"as fast as {NAMES[baseline]}"))
-    return [f"![{text}](images/{image.name})", ""]
+    return [f"![{text}](../images/{image.name})", ""]
 
 
 def features(document: Any, _images: Path) -> list[str]:
@@ -189,10 +189,10 @@ def accuracy(document: Any, images: Path) -> list[str]:
         "## Error",
         "",
         "What the speed does not cost: largest errors against float64 NumPy over the whole batch, "
-        "for inputs of standard deviation 1. [accuracy.md](accuracy.md) has more.",
+        "for inputs of standard deviation 1. [accuracy.md](../explanation/accuracy.md) has more.",
         "",
         *table([*heads, "outputs, in standard deviations: Keras", "syncbn"], rows),
-        "![error](images/speed-accuracy.png)",
+        "![error](../images/speed-accuracy.png)",
         "",
     ]
 

@@ -46,7 +46,7 @@ def section(results: Mapping[str, Any], images: Path) -> list[str]:
     Args:
         results: JSON documents by the stem of their file: `peers`, `memory`, `resnet`. Others are
             not looked at; for a missing one there is a line that says so.
-        images: the folder of the plots, which the lines link to as `images/NAME.png`.
+        images: the folder of the plots, which the lines link to as `../images/NAME.png`.
     """
     images.mkdir(parents=True, exist_ok=True)
     parts: dict[str, tuple[str, Callable[[Any, Path], list[str]]]] = {
@@ -96,7 +96,7 @@ def _resnet(document: Mapping[str, Any], images: Path) -> list[str]:
         f"With ours a step is {own[key]:.2f} times as fast as with Keras's synchronized layer: the "
         f"goal of {RESNET_GOAL} is {reached}. {_rest_of_resnet(variants)}",
         "",
-        "![ResNet-50](images/resnet.png)",
+        "![ResNet-50](../images/resnet.png)",
         "",
     ]
 
@@ -147,7 +147,7 @@ def _memory(document: Mapping[str, Any], images: Path) -> list[str]:
         lines += [f"{layers} × ({title}):", "", *table(heads, rows)]
         lines += [_verdict_on_memory(stack, resident[stack]), ""]
     _save(_plot_of_memory(resident), images / "memory.png")
-    return [*lines, "![peak memory](images/memory.png)", ""]
+    return [*lines, "![peak memory](../images/memory.png)", ""]
 
 
 def _verdict_on_memory(stack: str, found: Mapping[str, Mapping[str, float]]) -> str:
@@ -199,7 +199,7 @@ def _peers(document: Mapping[str, Any], images: Path) -> list[str]:
         lines += [*_wins(rows), ""]
     lines += _on_accelerators(document["on_accelerators"])
     _save(_plot_of_peers(document["results"], replica_counts), images / "peers.png")
-    return [*lines, "![peers](images/peers.png)", ""]
+    return [*lines, "![peers](../images/peers.png)", ""]
 
 
 def _cells_of(row: Mapping[str, Any]) -> list[list[str]]:

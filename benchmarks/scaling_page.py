@@ -30,7 +30,7 @@ IGNORED = (
 
 
 def section(results: Mapping[str, Any], images: Path) -> list[str]:
-    """Markdown lines; the plots are written into `images` and linked as `images/NAME.png`.
+    """Markdown lines; the plots are written into `images` and linked as `../images/NAME.png`.
 
     Args:
         results: JSON documents by their file's stem; `scaling` is the one that is used.
@@ -82,7 +82,7 @@ def _replicas(document: Mapping[str, Any], images: Path) -> list[str]:
         lines += [f"{_shape(shape)} a replica:", "", *_table(head, rows)]
     _plot_replicas(document, shapes, images / "scaling_replicas.png")
     alt = "Time of a step over the fused local kernel's, for 1 to 8 replicas"
-    return [*lines, f"![{alt}](images/scaling_replicas.png)", ""]
+    return [*lines, f"![{alt}](../images/scaling_replicas.png)", ""]
 
 
 _LOCAL = ("fused_local", "keras_local")
@@ -139,7 +139,7 @@ def _payload(document: Mapping[str, Any], images: Path) -> list[str]:
         "C, in two collectives and not five.",
         "",
         *_table(("C", "layer", "forward", "backward", "together"), rows),
-        "![Bytes a replica hands to collectives, by channels](images/scaling_payload.png)",
+        "![Bytes a replica hands to collectives, by channels](../images/scaling_payload.png)",
         "",
     ]
 
@@ -189,7 +189,7 @@ def _workers(document: Mapping[str, Any], images: Path) -> list[str]:
         f"{two['gigabytes_per_second']:.2f} GB/s.",
         "",
         *_table(("bytes", "ms measured", "ms by the line", "line / measured"), rows),
-        "![Time of a collective between 2 workers by its size](images/scaling_workers.png)",
+        "![Time of a collective between 2 workers by its size](../images/scaling_workers.png)",
         "",
         f"What it says of {first['layers']} layers of {first['channels']} channels measured in the "
         f"same run, and, as a ring of {more['workers']} (2(R−1) steps in place of 2), of "
@@ -241,7 +241,7 @@ def _paper(document: Mapping[str, Any], images: Path) -> list[str]:
         "The share is of a step of synchronizing and computing together.",
         "",
         *_table((*head, *shares), rows),
-        "![Share of a ResNet-50 step that synchronizing takes](images/scaling_paper.png)",
+        "![Share of a ResNet-50 step that synchronizing takes](../images/scaling_paper.png)",
         "",
         IGNORED.format(ours=1e-3 * per_step["syncbn"], keras=1e-3 * per_step["keras_sync"]),
         "",

@@ -1,4 +1,4 @@
-"""The tables of docs/doctor.md, from the doctor's own table of versions.
+"""The tables of docs/how-to/doctor.md, from the doctor's own table of versions.
 
 python tests/doctor_page.py    # writes them into the page, between their marks
 """
@@ -15,7 +15,7 @@ sys.path[:0] = [str(ROOT / "src")]
 from syncbn.doctor import table  # noqa: E402 - after the path
 from syncbn.doctor.table import scope_text  # noqa: E402
 
-PAGE = ROOT / "docs" / "doctor.md"
+PAGE = ROOT / "docs" / "how-to" / "doctor.md"
 
 
 def availability() -> str:

@@ -1,4 +1,4 @@
-"""docs/doctor.md: its tables are the doctor's own."""
+"""docs/how-to/doctor.md: its tables are the doctor's own."""
 
 import re
 

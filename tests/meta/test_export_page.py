@@ -1,4 +1,4 @@
-"""docs/export.md is true: its program prints what the page says, and the line that it shows."""
+"""docs/how-to/export.md is true: its program prints what the page says and the line shown."""
 
 import re
 import subprocess
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tests.tensorflow.test_folding_models import MODELS
 
-PAGE = (Path(__file__).parents[2] / "docs" / "export.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[2] / "docs" / "how-to" / "export.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```([\w ]+)\n(.*?)^```$", PAGE, flags=re.MULTILINE | re.DOTALL)
 
 

@@ -86,7 +86,7 @@ LAYERS = [
     *("errors", "files", "moments", "groups", "renorm", "places", "_backends", "_keras", "ragged"),
     *("averaging", "arguments", "weighting", "moving", "own_arguments", "layer", "tf_keras"),
     *("compat", "conversion", "portable", "checkpoints", "folding", "recalibration"),
-    *("monitoring", "verification", "training", "bench", "cli"),
+    *("monitoring", "verification", "training", "integrations", "bench", "cli"),
 ]
 
 

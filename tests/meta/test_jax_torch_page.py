@@ -1,4 +1,4 @@
-"""docs/jax-torch.md is true: its programs run, on four devices and on two processes."""
+"""docs/how-to/jax-torch.md is true: its programs run, on four devices and on two processes."""
 
 import re
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from tests.processes import python
 
-PAGE = (Path(__file__).parents[2] / "docs" / "jax-torch.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[2] / "docs" / "how-to" / "jax-torch.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```([\w ]+)\n(.*?)^```$", PAGE, flags=re.MULTILINE | re.DOTALL)
 JAX = [number for number, (language, _) in enumerate(BLOCKS) if language == "python jax"]
 PROCESSES = [code for language, code in BLOCKS if language == "python torch workers"]

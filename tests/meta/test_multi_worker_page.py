@@ -1,4 +1,4 @@
-"""docs/multi-worker.md is true: its programs run, one on workers; it lists the repairs."""
+"""docs/how-to/multi-worker.md is true: its programs run, one on workers; it lists the repairs."""
 
 import re
 from pathlib import Path
@@ -8,7 +8,7 @@ from tests.processes import python
 
 from syncbn.multi_worker import REPAIRS
 
-PAGE = (Path(__file__).parents[2] / "docs" / "multi-worker.md").read_text()
+PAGE = (Path(__file__).parents[2] / "docs" / "how-to" / "multi-worker.md").read_text()
 BLOCKS = re.findall(r"^```([\w ]+)\n(.*?)^```$", PAGE, flags=re.MULTILINE | re.DOTALL)
 ALONE = [number for number, (language, _) in enumerate(BLOCKS) if language == "python"]
 

@@ -20,7 +20,7 @@ MARK = "-- the next block --"
 
 
 def blocks_of(page):
-    text = (DOCS / f"{page}.md").read_text(encoding="utf-8")
+    text = (DOCS / "how-to" / f"{page}.md").read_text(encoding="utf-8")
     return re.findall(r"^```(\w+)\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
 
 

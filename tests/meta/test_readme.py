@@ -58,7 +58,7 @@ def test_options_of_the_documents_exist(command, capsys):
     with pytest.raises(SystemExit):
         main([command, "--help"])
     known = set(re.findall(r"--[\w-]+", capsys.readouterr().out))
-    documents = README + "".join(page.read_text() for page in (ROOT / "docs").glob("*.md"))
+    documents = README + "".join(page.read_text() for page in (ROOT / "docs").glob("**/*.md"))
     lines = re.findall(rf"^\$ syncbn {command} (.*)", documents, re.MULTILINE)
     # What stands after a program is the program's own.
     used = {

@@ -1,4 +1,4 @@
-"""docs/speed.md is what page.py makes of the stored figures, and the README's figures are on it."""
+"""docs/reference/speed.md is what page.py makes of the stored figures; the README quotes it."""
 
 import json
 import re
@@ -14,7 +14,7 @@ from PIL import Image
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 DOCS = ROOT / "docs"
-PAGE = (DOCS / "speed.md").read_text(encoding="utf-8")
+PAGE = (DOCS / "reference" / "speed.md").read_text(encoding="utf-8")
 
 
 def made(results, folder):
@@ -24,7 +24,7 @@ def made(results, folder):
         [*command, "--docs", str(folder)], capture_output=True, text=True, timeout=120, check=False
     )
     assert result.returncode == 0, result.stderr
-    return (folder / "speed.md").read_text(encoding="utf-8")
+    return (folder / "reference" / "speed.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def test_the_page_is_made_of_the_stored_figures(again):
 
 
 def test_its_plots_are_those_of_the_stored_figures(again):
-    linked = re.findall(r"\]\(images/([\w-]+\.png)\)", PAGE)
+    linked = re.findall(r"\]\(\.\./images/([\w-]+\.png)\)", PAGE)
     assert len(linked) >= 3
     for name in linked:
         with (
@@ -54,7 +54,7 @@ def test_its_plots_are_those_of_the_stored_figures(again):
 def test_every_picture_is_of_the_page():
     linked = {
         page.stem: set(re.findall(r"images/([\w-]+\.png)", page.read_text(encoding="utf-8")))
-        for page in DOCS.glob("*.md")
+        for page in DOCS.glob("**/*.md")
     }
     of_others = set.union(*(names for page, names in linked.items() if page != "speed"))
     found = {path.name for path in (DOCS / "images").glob("*.png")}

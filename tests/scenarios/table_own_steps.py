@@ -160,7 +160,7 @@ class Adversarial(keras.Model):
         super().compile(**options)
         self.optimizers = [keras.optimizers.Adam(0.01, clipnorm=0.5) for _ in range(2)]
         for optimizer, model in zip(self.optimizers, (self.critic, self.generator), strict=True):
-            # On several replicas before the first step: see docs/multi-worker.md.
+            # On several replicas before the first step: see docs/how-to/multi-worker.md.
             optimizer.build(model.trainable_variables)
 
     def train_step(self, data: Any) -> Any:

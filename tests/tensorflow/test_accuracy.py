@@ -1,4 +1,4 @@
-"""The numbers of docs/accuracy.md, each measured again."""
+"""The numbers of docs/explanation/accuracy.md, each measured again."""
 
 import re
 from pathlib import Path
@@ -16,7 +16,7 @@ from tests.harness import (
 from tests.replicas.tensorflow import make_layer, prepare, strategy_for, take
 
 ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "docs" / "accuracy.md").read_text()
+PAGE = (ROOT / "docs" / "explanation" / "accuracy.md").read_text()
 COLUMNS = ("outputs", "input gradients", "weight gradients", "moving statistics")
 
 

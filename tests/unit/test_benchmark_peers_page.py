@@ -108,7 +108,7 @@ def test_what_was_not_measured_is_said_and_linked_to_nothing(section):
     text = section({"layer": {}})
     for stem in STEMS:
         assert f"Not measured here: `python benchmarks/{stem}.py` does." in text
-    assert "](images/" not in text
+    assert "](../images/" not in text
 
 
 def test_where_a_peer_wins_the_page_says_so(section):
@@ -171,6 +171,6 @@ def test_stored_figures_make_a_page_whose_plots_are_the_same_each_time(section, 
     plots = {path: path.read_bytes() for path in sorted((tmp_path / "images").iterdir())}
     assert [path.name for path in plots] == ["memory.png", "peers.png", "resnet.png"]
     for path in plots:
-        assert f"](images/{path.name})" in text
+        assert f"](../images/{path.name})" in text
     assert section(results) == text
     assert {path: path.read_bytes() for path in plots} == plots

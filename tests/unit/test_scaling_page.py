@@ -32,7 +32,7 @@ def test_what_was_not_measured_is_said_in_a_line(section, tmp_path):
 def test_the_section_has_tables_and_its_pictures(section, document, tmp_path):
     images = tmp_path / "images"
     lines = section({"scaling": document}, images)
-    linked = {line.split("](images/")[1][:-1] for line in lines if line.startswith("![")}
+    linked = {line.split("](../images/")[1][:-1] for line in lines if line.startswith("![")}
     assert linked == {path.name for path in images.iterdir()}
     assert len(linked) == 4
     for path in images.iterdir():

@@ -41,7 +41,7 @@ def load_weights(
     BatchNormalization, whichever the file had; numbers in names of layers may differ. Every layer
     with weights on either side needs its own on the other, of its kind and shapes. Values come bit
     for bit. Nothing in a file is executed. The formats, and what torch's differ in:
-    `syncbn.checkpoints` and docs/checkpoints.md.
+    `syncbn.checkpoints` and docs/how-to/checkpoints.md.
 
     Args:
         model: a built `keras.Model`: functional, sequential, nested, subclassed.

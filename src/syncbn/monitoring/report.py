@@ -21,7 +21,7 @@ class LayerReport(NamedTuple):
     layer_class: str
     synchronized: bool  # whether it normalizes by the global batch
     readings: int  # steps in which all replicas looked
-    # Averages over the readings; NaN without any. See docs/monitor.md for the formulas.
+    # Averages over the readings; NaN without any. See docs/how-to/monitor.md for the formulas.
     mean_distance: float  # d of the replica that is farthest, in standard deviations
     mean_distance_average: float  # d, over the replicas
     variance_distance: float  # v of the replica that is farthest: a logarithm

@@ -132,8 +132,8 @@ def enable_multi_worker(
 
     Under `tf.distribute`, `fit`, `evaluate`, `predict` and their kin, of models with any layers,
     then have the loss, the metrics, the gradients and the weights of one device on the whole global
-    batch; `syncbn.multi_worker.REPAIRS` and docs/multi-worker.md list what is repaired. On one
-    replica, and where this Keras does not need a repair, nothing changes.
+    batch; `syncbn.multi_worker.REPAIRS` and docs/how-to/multi-worker.md list what is repaired. On
+    one replica, and where this Keras does not need a repair, nothing changes.
 
     Call it once, on every worker, before the strategy is made. Calling it again gives the same
     object. That is a context manager; leaving it gives Keras its own code back, unless it was in

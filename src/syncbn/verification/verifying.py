@@ -31,8 +31,9 @@ def verify(
     step(one device, state_k, batch_k)` for every step k: outputs of every layer, loss, gradients,
     weights and moving statistics after the step, metrics, and the bits of these on every replica;
     each batch normalization also against float64 NumPy over its own inputs. Tolerances are by
-    dtype, depth and conditioning: `verdict.tolerances`, docs/verify.md. It runs on accelerators
-    where there are enough, else on virtual CPU devices, before anything else makes devices.
+    dtype, depth and conditioning: `verdict.tolerances`, docs/how-to/verify.md. It runs on
+    accelerators where there are enough, else on virtual CPU devices, before anything else makes
+    devices.
 
     Args:
         build_model: returns a new compiled `keras.Model` of the same structure at every call; the
