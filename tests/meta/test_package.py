@@ -1,6 +1,5 @@
 """The wheel and the source archive are whole, install in empty environments, and do their job.
 
-
 The environments are new ones, filled by pip from its registry with the versions that the rest of
 the suite runs on; nothing of this checkout is on their path.
 """
