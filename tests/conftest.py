@@ -35,7 +35,7 @@ hypothesis.settings.load_profile("contract")
 
 _FOLDERS = {"jax": ("contract", "jax"), "torch": ("contract", "torch")}
 _OF_KERAS_3 = ("test_conversion.py",)
-_TENSORFLOW = ("cli", "contract", "meta", "multiprocess", "tensorflow", "unit")
+_OF_OTHERS = ("jax", "tf_keras", "torch")
 
 
 def pytest_ignore_collect(collection_path):
@@ -43,12 +43,14 @@ def pytest_ignore_collect(collection_path):
     folder = collection_path.relative_to(Path(__file__).parent).parts[:1]
     if TF_KERAS and collection_path.name in _OF_KERAS_3:
         return True
-    own = ("contract", "tf_keras") if TF_KERAS else _FOLDERS.get(BACKEND, _TENSORFLOW)
-    return None if not folder or folder[0] in own else True
+    own = ("contract", "tf_keras") if TF_KERAS else _FOLDERS.get(BACKEND)
+    if not folder:
+        return None
+    return (folder[0] in _OF_OTHERS if own is None else folder[0] not in own) or None
 
 
 # What has a command of its own, which runs all of it.
-_SLOW = ("benchmarks", "frameworks", "models", "scenarios", "survival")
+_SLOW = ("benchmarks", "engines", "frameworks", "models", "scenarios", "survival")
 # Of so many cases of a test one is run.
 _STEP = 12 if TF_KERAS or BACKEND in _FOLDERS else 4
 # TensorFlow leaves out none of a test with few.
