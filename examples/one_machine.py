@@ -40,7 +40,7 @@ import syncbn
 # In float64 rounding is small: what remains of a difference is a difference of the method. For
 # training of your own leave this line out.
 # %%
-keras.config.set_dtype_policy("float64")
+keras.config.set_floatx("float64")
 
 
 # %% [markdown]
