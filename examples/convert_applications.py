@@ -3,7 +3,7 @@
 
 What it shows
     MobileNetV2 has 52 batch normalizations, none synchronized. `syncbn.convert` changes them in
-    place; two replicas then fine-tune it to the weights that one device comes to;
+    place; two replicas then take the steps that one device takes, and train on;
     `syncbn.recalibrate` sets the moving statistics, which a short training leaves far from where
     they belong; and `syncbn.revert` makes it a model of Keras alone, which opens where syncbn is
     not installed.
@@ -14,8 +14,10 @@ Run it (a minute on two cores; needs scikit-learn)
 
 What comes out
     How many layers were converted, the largest difference from one device (relative to each
-    array's largest value: 1e-6 or less, where Keras's own layers are off by 1 or more), the loss in
-    inference before and after recalibration, and whether the saved file needs syncbn: it does not.
+    array's largest value: 1e-4 or less, where Keras's own layers are off by 0.1 or more;
+    52 normalizations of few elements amplify the last bit so far), the loss
+    in training, in inference before and after recalibration, and whether the saved file needs
+    syncbn: it does not.
 
 The weights begin at random, as this needs no network: with `weights="imagenet"` the rest is the
 same.
@@ -66,16 +68,16 @@ def build_model(name: str) -> keras.Model:
 
 
 def fine_tuned(strategy: Any, settings: argparse.Namespace, *, converted: bool) -> keras.Model:
-    """The model after its epochs; the global batch is 16."""
-    x, y = digits(settings.examples)
+    """The model after three steps, of 16, 16 and 5 images."""
+    x, y = digits(2 * 16 + 5)
     with strategy.scope():
         model = build_model(settings.model)
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-        model.compile(keras.optimizers.SGD(0.01), loss, jit_compile=False)
+        model.compile(keras.optimizers.SGD(1e-3, momentum=0.9), loss, jit_compile=False)
     if converted:
         print(syncbn.plan_conversion(model))
         syncbn.convert(model, verbose=False)
-    model.fit(x, y, batch_size=16, epochs=settings.epochs, shuffle=False, verbose=0)
+    model.fit(x, y, batch_size=16, shuffle=False, verbose=0)
     return model
 
 
@@ -93,7 +95,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=("MobileNet", "MobileNetV2"), default="MobileNetV2")
     parser.add_argument("--examples", type=int, default=330)
-    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--output", type=Path, default=Path("digits.keras"))
     settings = parser.parse_args()
 
@@ -109,10 +111,18 @@ def main() -> None:
     print(f"as it was, 2 replicas: {distance(local, one_device):.0e} from one device")
 
     # %% [markdown]
+    # On with the training, at a larger rate: there two trainings part by rounding alone, as so many
+    # layers amplify it, and there is nothing to compare.
+    # %%
+    x, y = digits(settings.examples)
+    model.optimizer.learning_rate = 0.02
+    history = model.fit(x, y, batch_size=16, epochs=settings.epochs, verbose=0)
+    print(f"loss in training: {history.history['loss'][-1]:.3f}")
+
+    # %% [markdown]
     # A moving average with momentum 0.999, as MobileNetV2 has it, takes thousands of steps to
     # arrive. Recalibration takes one pass, with the weights as they are.
     # %%
-    x, y = digits(settings.examples)
     before = model.evaluate(x, y, batch_size=16, verbose=0)
     report = syncbn.recalibrate(model, x, batch_size=16)
     after = model.evaluate(x, y, batch_size=16, verbose=0)
