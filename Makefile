@@ -66,9 +66,9 @@ lint: $(READY)
 types: $(READY)
 	$(BIN)/mypy
 
-# Every warning ends it: a link or an anchor to nowhere, a page that no menu names.
+# Every warning ends it: a link or an anchor to nowhere, a page that no menu names. (With --quiet none would.)
 docs: $(READY)
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 format: $(READY)
 	$(BIN)/ruff check --fix-only .
