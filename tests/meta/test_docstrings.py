@@ -18,6 +18,7 @@ PAGES = {page.name: page.read_text(encoding="utf-8") for page in sorted(API.glob
 SHOWN = [name for text in PAGES.values() for name in re.findall(r"^::: ([\w.]+)$", text, re.M)]
 ERRORS = {name for name in syncbn.__all__ if name.endswith("Error")}
 PUBLIC = [name for name in syncbn.__all__ if name not in ERRORS]
+PUBLIC += ["compat.install", "integrations.ray.prepare", "integrations.ray.ReportCheckpoint"]
 # They take or give arrays, or say numbers of some.
 OF_ARRAYS = {
     *("SyncBatchNormalization", "SyncMonitor", "average_moving_statistics", "distribute_dataset"),
@@ -38,12 +39,17 @@ def named(text, name):
     return {*re.findall(r"^    \*{0,2}(\w+):", section(text, name) or "", re.MULTILINE)}
 
 
+def thing(name):
+    module, _, last = name.rpartition(".")
+    return getattr(importlib.import_module(f"syncbn.{module}" if module else "syncbn"), last)
+
+
 def documented(name):
-    return inspect.getdoc(getattr(syncbn, name))
+    return inspect.getdoc(thing(name))
 
 
-def parameters_of(thing):
-    parameters = inspect.signature(thing).parameters.values()
+def parameters_of(function):
+    parameters = inspect.signature(function).parameters.values()
     return {one.name for one in parameters if one.name != "kwargs"}
 
 
@@ -57,11 +63,11 @@ def test_a_public_name_starts_with_one_line(name):
 @pytest.mark.parametrize("name", PUBLIC)
 def test_a_public_name_explains_every_parameter_and_no_other(name):
     if name in ONLY_DATA:
-        fields = parameters_of(getattr(syncbn, name))
+        fields = parameters_of(thing(name))
         assert named(documented(name), "Attributes") == fields
     else:
         extra = {"kwargs"} & named(documented(name), "Args")
-        assert named(documented(name), "Args") == parameters_of(getattr(syncbn, name)) | extra
+        assert named(documented(name), "Args") == parameters_of(thing(name)) | extra
 
 
 @pytest.mark.parametrize("name", [name for name in PUBLIC if name not in ONLY_DATA])
@@ -74,9 +80,9 @@ def test_a_public_name_says_what_it_raises_and_its_source(name):
     assert (section(text, "References") or "").strip()
 
 
-@pytest.mark.parametrize("name", [name for name in PUBLIC if name[0].islower()])
+@pytest.mark.parametrize("name", [name for name in PUBLIC if name.rpartition(".")[2][0].islower()])
 def test_a_public_function_says_what_it_gives(name):
-    gives = inspect.signature(getattr(syncbn, name)).return_annotation
+    gives = inspect.signature(thing(name)).return_annotation
     text = documented(name)
     assert bool(section(text, "Returns") or section(text, "Yields")) == (gives != "None")
 

@@ -116,6 +116,8 @@ ALLOWED = {
     "doctor/probes/on_tensorflow.py": {"tensorflow"},
     "doctor/probes/on_jax.py": {"jax"},
     "doctor/probes/on_torch.py": {"torch"},
+    # Whether Ray has joined the processes already.
+    "integrations/ray.py": {"jax"},
 }
 
 
