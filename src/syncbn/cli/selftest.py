@@ -58,7 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
         options = ["--only", ",".join(in_workers), "--steps", str(arguments.steps)]
         status = launch([sys.executable, "-m", "syncbn.selftest", *options], settings)
     if RESUME in checks:
-        if settings.hosts is not None:
+        if settings.hosts is not None or settings.cluster != "none":
             print("resume  left out: it is for the workers of one machine", flush=True)
         else:
             status = _resume(settings) or status

@@ -176,8 +176,8 @@ class Group:
                 )
             else:
                 report.append(
-                    f"{self._spec.name(index)}: {found}. Is the launcher running there, with the "
-                    "same --hosts, and does a firewall let the port through?"
+                    f"{self._spec.name(index)}: {found}. Is the launcher running there, for the "
+                    "same cluster, and does a firewall let the port through?"
                 )
         report.append("Give --timeout more seconds where a worker only needs longer.")
         first = local.get(overdue[0])
