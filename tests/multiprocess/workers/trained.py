@@ -1,0 +1,111 @@
+"""One of several processes that train, on any of Keras's backends, or the only one.
+
+`python -m tests.multiprocess.workers.trained FOLDER [dies]`, which leaves the weights in FOLDER.
+With "dies" the second process kills itself in the second epoch of its first life, and all resume
+from a backup.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import keras
+import numpy as np
+
+import syncbn
+
+ROWS, BATCHES, EPOCHS = 12, 4, 3
+RANK = int(os.environ.get("RANK", "0"))
+SIZE = int(os.environ.get("WORLD_SIZE", "1"))
+BACKEND = keras.backend.backend()
+
+
+def data():
+    """Examples in an order in which neighbours are alike: each process has batches of its own."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(BATCHES, ROWS, 5)) + np.linspace(-2, 2, ROWS).reshape(1, -1, 1)
+    return x.astype("float32"), rng.normal(size=(BATCHES, ROWS, 2)).astype("float32")
+
+
+def make_model():
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential(
+        [
+            keras.Input((5,)),
+            keras.layers.Dense(8, use_bias=False),
+            syncbn.SyncBatchNormalization(momentum=0.9),
+            keras.layers.Activation("tanh"),
+            keras.layers.Dense(2),
+        ]
+    )
+    model.compile(keras.optimizers.SGD(0.1), "mse")
+    return model
+
+
+def on_tensorflow(x, y, callbacks):
+    import tensorflow as tf
+
+    syncbn.enable_multi_worker()
+    strategy = (
+        tf.distribute.MultiWorkerMirroredStrategy() if SIZE > 1 else tf.distribute.get_strategy()
+    )
+    with strategy.scope():
+        model = make_model()
+    whole = [array.reshape(-1, array.shape[-1]) for array in (x, y)]
+    model.fit(*whole, ROWS, EPOCHS, verbose=0, shuffle=False, callbacks=callbacks)
+    return model
+
+
+def on_processes(x, y, callbacks):
+    """Each process is given its own part of every batch."""
+    if SIZE > 1 and BACKEND == "jax":
+        keras.distribution.initialize()
+        parallel = keras.distribution.DataParallel(auto_shard_dataset=False)
+        keras.distribution.set_distribution(parallel)
+    model = None
+    if SIZE > 1 and BACKEND == "torch":
+        from torch import distributed
+
+        distributed.init_process_group("gloo")
+        model = make_model()
+        syncbn.average_gradients(model)
+    model = model or make_model()
+    own = ROWS // SIZE
+    part = slice(RANK * own, (RANK + 1) * own)
+    parts = [array[:, part].reshape(-1, array.shape[-1]) for array in (x, y)]
+    model.fit(*parts, own, EPOCHS, verbose=0, shuffle=False, callbacks=callbacks)
+    return model
+
+
+class Dies(keras.callbacks.Callback):
+    """In its second epoch."""
+
+    def on_epoch_begin(self, epoch, logs=None):  # noqa: ARG002 - as Keras calls it
+        if epoch == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def main(folder: Path, dies: bool) -> None:
+    callbacks = []
+    restarts = int(os.environ.get("SYNCBN_RESTARTS", "0"))
+    if dies:
+        callbacks.append(keras.callbacks.BackupAndRestore(str(folder / "backup")))
+        if RANK == 1 and restarts == 0:
+            callbacks.append(Dies())
+    train = on_tensorflow if BACKEND == "tensorflow" else on_processes
+    model = train(*data(), callbacks)
+    arrays = [np.asarray(keras.ops.convert_to_numpy(weight)) for weight in model.weights]
+    np.savez(folder / f"{RANK}-of-{SIZE}.npz", *arrays)
+    print(json.dumps({"trained": RANK, "of": SIZE, "restarts": restarts, "on": BACKEND}))
+    if SIZE > 1 and BACKEND == "torch":
+        from torch import distributed
+
+        distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), "dies" in sys.argv[2:])
