@@ -143,6 +143,22 @@ def test_mpi_on_several_nodes_asks_for_the_hosts_and_takes_them():
             assert task.cores == 4  # bound
 
 
+def test_cores_that_others_are_bound_to_as_well_are_shared():
+    """Open MPI binds more than two ranks to the sockets, two of a machine with 12 cores here."""
+    ranks = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_SIZE": "4"}
+    bound = changed("open_mpi_one_node", **ranks)
+    assert task_of(bound, cores=6, machine_cores=12).cores == 3
+    assert task_of(bound, cores=1, machine_cores=12).cores == 1
+    # Nothing was bound, whatever it says.
+    assert task_of(bound, cores=12, machine_cores=12).cores == 3
+    del bound["OMPI_MCA_orte_bound_at_launch"]
+    assert task_of(bound, cores=8, machine_cores=12).cores == 2
+    step = changed("srun_one_task_a_node")
+    assert task_of(step, cores=3).cores == 3
+    step.pop("SLURM_CPUS_PER_TASK")
+    assert task_of(step, cores=2).cores == 2
+
+
 def test_hosts_of_another_number_than_the_nodes_are_refused():
     for name in ("open_mpi_two_nodes", "srun_gpus_per_node"):
         with pytest.raises(InputError, match=r"runs on 2 node\(s\), and --hosts requires one"):

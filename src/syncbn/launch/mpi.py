@@ -94,15 +94,13 @@ def find(
             "that the nodes divide, or start the launchers by srun."
         )
     node_of = tuple(other // local_size for other in range(count))
-    # Open MPI says so too where the machine let it bind nothing.
-    is_bound = _says_bound(environment) and cores < machine_cores
     return Task(
         manager=manager,
         rank=rank,
         nodes=_nodes(environment, manager, hosts, host_name, node_of, rank),
         node_of=node_of,
         block=_block(environment, names),
-        cores=cores if is_bound else max(1, cores // local_size),
+        cores=_own_cores(environment, cores, machine_cores, local_size),
     )
 
 
@@ -179,8 +177,16 @@ def _block(environment: Mapping[str, str], names: _Names) -> int:
     return 0
 
 
-def _says_bound(environment: Mapping[str, str]) -> bool:
-    """Whether each rank has cores of its own already."""
-    return environment.get("OMPI_MCA_orte_bound_at_launch") == "1" or (
+def _own_cores(
+    environment: Mapping[str, str], cores: int, machine_cores: int, local_size: int
+) -> int:
+    """An equal share; where each rank is bound to some already, those, unless others have them too.
+
+    As those of a whole socket. Open MPI says that it has bound them also where it could not.
+    """
+    is_bound = environment.get("OMPI_MCA_orte_bound_at_launch") == "1" or (
         "I_MPI_PIN_INFO" in environment
     )
+    if is_bound and cores < machine_cores:
+        return max(1, min(cores, machine_cores // local_size))
+    return max(1, cores // local_size)

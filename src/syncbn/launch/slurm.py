@@ -215,14 +215,11 @@ def _check_own_node(
 
 
 def _own_cores(environment: Mapping[str, str], cores: int, local: int) -> int:
-    """By --cpus-per-task; else all, if srun has bound this task to its own; else its share."""
+    """By --cpus-per-task; else a share of the step's on this node, as far as the task is bound."""
     if environment.get("SLURM_CPUS_PER_TASK"):
         return min(cores, number(environment, "SLURM_CPUS_PER_TASK", 1))
     if environment.get("SLURM_CPUS_ON_NODE"):
-        allocated = number(environment, "SLURM_CPUS_ON_NODE", 1)
-        if cores < allocated:
-            return cores
-        return max(1, allocated // local)
+        return max(1, min(cores, number(environment, "SLURM_CPUS_ON_NODE", 1) // local))
     return max(1, cores // local)
 
 
