@@ -32,11 +32,10 @@ def environment(backend: str = "tensorflow") -> dict[str, str]:
     }
 
 
-def command(folder: Path, *options: str) -> list[str]:
+def command(folder: Path, *options: str, ends: str = "") -> list[str]:
     """The launcher with the training that leaves its weights in the folder."""
-    own = [option for option in options if option != "dies"]
-    program = ["-m", TRAINED, str(folder), *(["dies"] if "dies" in options else [])]
-    return [sys.executable, "-m", "syncbn", "launch", *own, *program]
+    program = ["-m", TRAINED, str(folder), *([ends] if ends else [])]
+    return [sys.executable, "-m", "syncbn", "launch", *options, *program]
 
 
 def assert_trained_as_one(ended: Ended, folder: Path, backend: str, workers: int = 2) -> None:

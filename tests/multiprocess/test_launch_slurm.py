@@ -43,8 +43,8 @@ def under(cluster, launch):
     return run
 
 
-def on_slurm(cluster, tmp_path, backend, *srun, options=(), seconds=150):
-    command = managers.command(tmp_path, *options)
+def on_slurm(cluster, tmp_path, backend, *srun, options=(), ends="", seconds=150):
+    command = managers.command(tmp_path, *options, ends=ends)
     given = managers.environment(backend)
     ended = cluster.run("srun", *srun, *command, folder=tmp_path, seconds=seconds, **given)
     managers.assert_trained_as_one(ended, tmp_path, backend)
@@ -79,10 +79,23 @@ def test_tasks_on_two_nodes_train_as_one_device(cluster, tmp_path, backend):
 
 @pytest.mark.engines
 def test_a_task_whose_worker_is_killed_starts_it_again_and_training_resumes(cluster, tmp_path):
-    options = ("--max-restarts", "2", "--timeout", "30", "dies")
-    output = on_slurm(cluster, tmp_path, "tensorflow", "-n", "2", options=options)
+    options = ("--max-restarts", "2", "--timeout", "30")
+    output = on_slurm(cluster, tmp_path, "tensorflow", "-n", "2", options=options, ends="dies")
     assert "was killed by SIGKILL" in output
     assert output.count('"restarts": 1') == 2
+
+
+@pytest.mark.engines
+def test_a_job_that_is_requeued_resumes(cluster, tmp_path):
+    """Slurm itself waits for two minutes before."""
+    command = shlex.join(["srun", "-n", "2", *managers.command(tmp_path, ends="requeued")])
+    script = tmp_path / "script.sh"
+    script.write_text(f"#!/bin/bash\n{command}\n")
+    out = ("-o", str(tmp_path / "out"), "--open-mode=append")
+    sbatch = ("sbatch", "--wait", "--requeue", "-n", "2", *out, str(script))
+    ended = cluster.run(*sbatch, folder=tmp_path, seconds=280, **managers.environment())
+    managers.assert_trained_as_one(ended, tmp_path, "tensorflow")
+    assert "CANCELLED" in (tmp_path / "out").read_text()
 
 
 TELLS = (

@@ -121,6 +121,8 @@ def environment_of_worker(environment, backend, monkeypatch):
 def test_a_shell_a_script_and_an_only_task_are_no_cluster(name):
     for environment in environments(name):
         assert clusters.detected(environment) == "none"
+        # One of these is asked for by --cluster slurm.
+        assert slurm.is_step(environment) == (name == "srun_one_task_of_job")
 
 
 def test_every_recorded_environment_is_one_of_a_test():

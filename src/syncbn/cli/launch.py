@@ -67,34 +67,7 @@ def add_parser(commands: Any) -> None:
 
 def add_cluster_options(add: Callable[..., Any]) -> None:
     """The options of every command that starts workers."""
-    add(
-        "--workers",
-        type=int,
-        metavar="N",
-        help="workers on this machine (default: 2), on each of the --hosts (default: 1), or of "
-        "each task of srun or mpirun (default: 1)",
-    )
-    add(
-        "--hosts",
-        metavar="A:PORT,B:PORT",
-        help="several machines: run the launcher on each. Their workers take the port and those "
-        "after it; the first host keeps one more, for JAX and torch",
-    )
-    add("--index", type=int, metavar="I", help="which of the --hosts this machine is, from 0")
-    add(
-        "--cluster",
-        choices=("auto", *CLUSTERS),
-        default="auto",
-        help="whose task the launcher is: Slurm's (srun), MPI's (mpirun), or none's (default: by "
-        "the environment; none with --index, and for the only task)",
-    )
-    add(
-        "--port",
-        type=int,
-        metavar="P",
-        help="with srun or mpirun: the first port of the workers on each node (default: by the "
-        "number of the job)",
-    )
+    _add_places(add)
     add(
         "--devices-per-worker",
         type=int,
@@ -128,7 +101,40 @@ def add_cluster_options(add: Callable[..., Any]) -> None:
         "--isolate",
         action=argparse.BooleanOptionalAction,
         help="give the workers a network of their own, which nothing outside reaches and which "
-        "reaches nothing outside (default: where the kernel allows it, without --hosts)",
+        "reaches nothing outside (default: where the kernel allows it, for workers of one launcher)",
+    )
+
+
+def _add_places(add: Callable[..., Any]) -> None:
+    """How many workers, and where."""
+    add(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="workers on this machine (default: 2), on each of the --hosts (default: 1), or of "
+        "each task of srun or mpirun (default: 1)",
+    )
+    add(
+        "--hosts",
+        metavar="A:PORT,B:PORT",
+        help="several machines: run the launcher on each. Their workers take the port and those "
+        "after it; the first host keeps one more, for JAX and torch. With srun or mpirun: one a "
+        "node, in the order of the tasks, without --index",
+    )
+    add("--index", type=int, metavar="I", help="which of the --hosts this machine is, from 0")
+    add(
+        "--cluster",
+        choices=("auto", *CLUSTERS),
+        default="auto",
+        help="whose task the launcher is: Slurm's (srun), MPI's (mpirun), or none's (default: by "
+        "the environment; none with --index, and for the only task)",
+    )
+    add(
+        "--port",
+        type=int,
+        metavar="P",
+        help="with srun or mpirun: the first port of the workers on each node (default: by the "
+        "number of the job)",
     )
 
 

@@ -1,8 +1,8 @@
 """One of several processes that train, on any of Keras's backends, or the only one.
 
-`python -m tests.multiprocess.workers.trained FOLDER [dies]`, which leaves the weights in FOLDER.
-With "dies" the second process kills itself in the second epoch of its first life, and all resume
-from a backup.
+`python -m tests.multiprocess.workers.trained FOLDER [HOW]`, which leaves the weights in FOLDER.
+With HOW, "dies" or "requeued", the second process, in the second epoch of its first life, kills
+itself or lets Slurm start the job anew; all resume from a backup.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import keras
@@ -81,21 +83,29 @@ def on_processes(x, y, callbacks):
     return model
 
 
-class Dies(keras.callbacks.Callback):
-    """In its second epoch."""
+class Ends(keras.callbacks.Callback):
+    """In the second epoch: this process by its own hand, or the job by Slurm's."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how = how
 
     def on_epoch_begin(self, epoch, logs=None):  # noqa: ARG002 - as Keras calls it
-        if epoch == 1:
+        if epoch != 1:
+            return
+        if self.how == "dies":
             os.kill(os.getpid(), signal.SIGKILL)
+        subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=True)
+        time.sleep(60)
 
 
-def main(folder: Path, dies: bool) -> None:
+def main(folder: Path, how: str) -> None:
     callbacks = []
     restarts = int(os.environ.get("SYNCBN_RESTARTS", "0"))
-    if dies:
+    if how:
         callbacks.append(keras.callbacks.BackupAndRestore(str(folder / "backup")))
-        if RANK == 1 and restarts == 0:
-            callbacks.append(Dies())
+        if RANK == 1 and restarts == 0 and "SLURM_RESTART_COUNT" not in os.environ:
+            callbacks.append(Ends(how))
     train = on_tensorflow if BACKEND == "tensorflow" else on_processes
     model = train(*data(), callbacks)
     arrays = [np.asarray(keras.ops.convert_to_numpy(weight)) for weight in model.weights]
@@ -108,4 +118,4 @@ def main(folder: Path, dies: bool) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), "dies" in sys.argv[2:])
+    main(Path(sys.argv[1]), "".join(sys.argv[2:]))
