@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import pathlib
+import signal
 import socket
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 
 from syncbn.errors import InputError
 from syncbn.launch import ClusterSpec, LaunchSettings, arrival
+from syncbn.launch.group import Control
 from syncbn.launch.output import LAST_LINES, Lines, Log, Screen, is_progress, settled
 from syncbn.launch.reaping import MARK, with_mark
 from syncbn.launch.resources import backend, device_environment, thread_environment, visible_gpus
@@ -304,3 +306,20 @@ def test_a_slow_server_for_names_holds_nothing_up(monkeypatch):
             break
         time.sleep(0.05)
     assert looking.found(0) == "no such name"
+
+
+@pytest.mark.parametrize(("together", "found"), [(0.0, 3), (60.0, 2)])
+def test_a_signal_that_comes_two_ways_is_one(pipe, together, found):
+    """Slurm's to all processes of a task, and the launcher's that hands it on."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in numbers}
+    try:
+        control = Control(pipe[0])
+        control.together = together
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGHUP):
+            signal.raise_signal(number)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert len(control.asked) == found
+    assert control.asked[-1] == signal.SIGHUP

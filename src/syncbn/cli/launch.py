@@ -101,7 +101,7 @@ def add_cluster_options(add: Callable[..., Any]) -> None:
         "--isolate",
         action=argparse.BooleanOptionalAction,
         help="give the workers a network of their own, which nothing outside reaches and which "
-        "reaches nothing outside (default: where the kernel allows it, for workers of one launcher)",
+        "reaches nothing outside (default: where the kernel allows it, for one launcher)",
     )
 
 

@@ -32,6 +32,7 @@ __all__ = ["Order", "main", "receive"]
 
 EXIT_BAD_INPUT = 2
 LOG_LEVEL = "TF_CPP_MIN_LOG_LEVEL"
+SIGNALS_OF_ONE = 1.0  # seconds between those of a process manager and of launch()
 WARNING = (
     "warning: TensorFlow's worker servers listen on all interfaces without authentication: "
     "whoever reaches their ports can run code here. Train on a trusted network, behind a firewall"
@@ -79,6 +80,7 @@ def main() -> int:
             os.cpu_count() or 1,
             socket.gethostname(),
         )
+        control.together = 0.0 if task is None else SIGNALS_OF_ONE
         reason = _isolate(order.settings)
         return _Supervisor(order, control, screen, reason, task).run()
     except InputError as error:
