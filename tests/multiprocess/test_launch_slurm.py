@@ -140,11 +140,10 @@ def test_a_task_a_node_starts_several_workers(under):
     assert {one["OMP_NUM_THREADS"] for one in found.values()} == {str(share)}
 
 
-def test_nodes_reach_each_other(under):
-    """TensorFlow's server stands for any: a worker that is not found would be named."""
-    program = LISTENS + "ready(); time.sleep(2)"
-    options = ("--hosts", two_places(), "--timeout", "1.2")
-    status, output = under(program, "srun", "-N", "2", "-n", "2", options=options)
+def test_workers_of_tasks_reach_each_other(under):
+    """What listens stands for TensorFlow's server: a worker that is not found would be named."""
+    program = LISTENS + "time.sleep(2)"
+    status, output = under(program, "srun", "-n", "2", options=("--timeout", "1.2"))
     assert status == 0, output
     assert "Missing" not in output
 
@@ -192,13 +191,29 @@ def test_a_task_starts_its_own_worker_again(under):
     assert lives == ["[0] life 0", "[1] life 0", "[1] life 1"]
 
 
-def test_nothing_is_left_of_a_step_that_is_cancelled(cluster, launch):
-    program = START + "subprocess.Popen(['sleep', '60'], start_new_session=True); ready()\n"
-    one = launch(program + "time.sleep(60)", "--grace", "1")
+SAVES = (
+    START
+    + """
+def save(*_):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    time.sleep(0.5)
+    pathlib.Path(f"saved{RANK}").touch()
+    sys.exit()
+signal.signal(signal.SIGTERM, save)
+subprocess.Popen(["sleep", "60"], start_new_session=True)
+ready()
+time.sleep(60)
+"""
+)
+
+
+def test_a_step_that_is_cancelled_may_save_and_leaves_nothing(cluster, launch):
+    one = launch(SAVES)
     cancels = "until [ -e ready0-0 ] && [ -e ready1-0 ]; do sleep 0.1; done; scancel --name=gone"
     command = f"({cancels}) & exec srun --job-name=gone -n 2 {shlex.join(one.command)}"
     ended = cluster.run("bash", "-c", command, folder=one.folder, **one.environment)
     assert "interrupted by SIGTERM; all workers have ended" in ended.output
+    assert sorted(file.name for file in one.folder.glob("saved*")) == ["saved0", "saved1"]
     assert wait_until(lambda: not one.processes(), 10)
 
 
