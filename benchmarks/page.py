@@ -112,6 +112,7 @@ def _how_to_reproduce(results: Mapping[str, Any]) -> list[str]:
     return [
         "## Reproduce",
         "",
+        "<!-- block: not run: it takes a quarter of an hour -->",
         "```console",
         "$ make bench        # all of it, and this page",
         "$ syncbn bench      # the short one, on your devices",

@@ -8,7 +8,7 @@ from typing import NoReturn
 
 import syncbn
 
-__all__ = ["main"]
+__all__ = ["main", "parser"]
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
@@ -21,17 +21,17 @@ class _Parser(argparse.ArgumentParser):
         self.exit(EXIT_BAD_INPUT, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run `syncbn` with these arguments, by default the process's, and return the exit code."""
+def parser() -> argparse.ArgumentParser:
+    """What understands the arguments of `syncbn`."""
     from syncbn.cli import bench, convert, doctor, launch, selftest, train, verify
 
-    parser = _Parser(
+    whole = _Parser(
         prog="syncbn",
         description="Synchronized batch normalization for Keras 3: replicas train to what one "
         "device gives on the whole batch.",
     )
-    parser.add_argument("--version", action="version", version=f"syncbn {syncbn.__version__}")
-    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    whole.add_argument("--version", action="version", version=f"syncbn {syncbn.__version__}")
+    commands = whole.add_subparsers(title="commands", required=True, metavar="COMMAND")
     train.add_parser(commands)
     launch.add_parser(commands)
     selftest.add_parser(commands)
@@ -39,7 +39,12 @@ def main(arguments: list[str] | None = None) -> int:
     convert.add_parser(commands)
     doctor.add_parser(commands)
     verify.add_parser(commands)
-    parsed = parser.parse_args(arguments)
+    return whole
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run `syncbn` with these arguments, by default the process's, and return the exit code."""
+    parsed = parser().parse_args(arguments)
     try:
         return int(parsed.run(parsed))
     except syncbn.InputError as error:

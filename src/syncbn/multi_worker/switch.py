@@ -154,6 +154,10 @@ def enable_multi_worker(
             positive; it is in effect already with other arguments.
         RepairError: a repair cannot tell whether this Keras needs it. Keras is left as it was.
 
+    References:
+        Of each repair the public issue: `syncbn.multi_worker.REPAIRS[…].issue`; the first is
+        keras issue 20585.
+
     Examples:
         >>> import syncbn
         >>> syncbn.enable_multi_worker().applied[:2]
