@@ -18,6 +18,7 @@ from typing import Any
 
 import keras
 
+import syncbn
 from syncbn.errors import InputError, NotSynchronizableError
 
 __all__ = ["ReportCheckpoint", "prepare"]
@@ -96,8 +97,6 @@ def _require(there: bool, what: str) -> None:
 
 
 def _prepare_tensorflow(timeout: float | None) -> None:
-    from syncbn.multi_worker import enable_multi_worker
-
     _require("TF_CONFIG" in os.environ, "TF_CONFIG")
     if "tf_keras" in sys.modules:
         raise InputError(
@@ -106,7 +105,7 @@ def _prepare_tensorflow(timeout: float | None) -> None:
             "of the program; syncbn.integrations.ray.ReportCheckpoint does what it did."
         )
     os.environ.pop("TF_USE_LEGACY_KERAS", None)
-    enable_multi_worker(timeout=timeout)
+    syncbn.enable_multi_worker(timeout=timeout)
 
 
 def _prepare_jax(rank: int, workers: int) -> None:

@@ -155,11 +155,9 @@ def enable_multi_worker(
         RepairError: a repair cannot tell whether this Keras needs it. Keras is left as it was.
 
     References:
-        Of each repair the public issue: `syncbn.multi_worker.REPAIRS[…].issue`; the first is
-        keras issue 20585.
+        Keras issue 20585; of each repair its public issue, `syncbn.multi_worker.REPAIRS[…].issue`.
 
     Examples:
-        >>> import syncbn
         >>> syncbn.enable_multi_worker().applied[:2]
         ('building', 'steps')
     """
