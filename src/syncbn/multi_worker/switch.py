@@ -125,6 +125,17 @@ def default_timeout() -> float:
     return seconds
 
 
+def _names_of_repairs(names: Iterable[str]) -> frozenset[str]:
+    given = frozenset(names)
+    unknown = given - {repair.name for repair in REPAIRS}
+    if unknown:
+        raise InputError(
+            "`without` requires names of repairs. "
+            f"Received: {sorted(unknown)}. There are: {[repair.name for repair in REPAIRS]}."
+        )
+    return given
+
+
 def enable_multi_worker(
     *, without: Iterable[str] = (), timeout: float | None = None
 ) -> MultiWorker:
@@ -162,13 +173,7 @@ def enable_multi_worker(
         ('building', 'steps')
     """
     global _active
-    left_out = frozenset(without)
-    unknown = left_out - {repair.name for repair in REPAIRS}
-    if unknown:
-        raise InputError(
-            "`without` requires names of repairs. "
-            f"Received: {sorted(unknown)}. There are: {[repair.name for repair in REPAIRS]}."
-        )
+    left_out = _names_of_repairs(without)
     if timeout is not None and not 0 < timeout < math.inf:
         raise InputError(f"`timeout` requires seconds, more than 0. Received: {timeout}.")
     with _lock:
