@@ -10,12 +10,13 @@ OUTPUT ?= demo-output
 BENCHMARKS ?= layer one_device kernels features training workers accuracy scaling peers memory resnet on_jax \
 	on_torch monitor
 
-.PHONY: help demo test lint types format bench lock test-benchmarks test-models test-scenarios \
+.PHONY: help demo test lint types docs format bench lock test-benchmarks test-models test-scenarios \
 	test-survival test-frameworks test-versions test-doctor test-engines clean
 
 help:
 	@echo "make demo           train on two replicas and compare with one device (2 minutes)"
-	@echo "make test           lint, types and the whole suite"
+	@echo "make test           lint, types, the pages and the whole suite"
+	@echo "make docs           build the pages into site/"
 	@echo "make format         rewrite the code in the house's format"
 	@echo "make bench          measure all against Keras's and write docs/reference/speed.md (12 minutes)"
 	@echo "make test-benchmarks what the benchmarks measure (2 minutes)"
@@ -52,7 +53,7 @@ demo: $(READY)
 # Two processes, whole files each: what a file prepares once is used by all of its tests. Each of
 # Keras's backends apart: a process has one.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
-test: lint types
+test: lint types docs
 	KERAS_BACKEND=tensorflow $(PYTEST)
 	KERAS_BACKEND=jax $(PYTEST) tests/contract tests/jax
 	KERAS_BACKEND=torch $(PYTEST) tests/contract tests/torch
@@ -64,6 +65,10 @@ lint: $(READY)
 
 types: $(READY)
 	$(BIN)/mypy
+
+# Every warning ends it: a link or an anchor to nowhere, a page that no menu names. (With --quiet none would.)
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 format: $(READY)
 	$(BIN)/ruff check --fix-only .
@@ -125,4 +130,4 @@ lock: $(READY)
 	mv requirements.lock.new requirements.lock
 
 clean:
-	rm -rf .venv .venv-peers .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-peers site .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -41,6 +41,10 @@ def average_gradients(model: Any, process_group: Any = None) -> None:
         InputError: the model is not built, not compiled, or its loss is no mean over examples; in
             `fit`, it has been compiled anew, or an output has a mask.
         WorkerError: in `fit` and `evaluate`, another process is gone, late, or has fewer batches.
+
+    References:
+        Goyal et al., "Accurate, Large Minibatch SGD", arXiv:1706.02677, 2017 (section 3: losses are
+        normalized by the size of the whole minibatch, not by each worker's).
     """
     if keras.backend.backend() != "torch":
         raise NotSynchronizableError(

@@ -126,6 +126,9 @@ def install() -> Installed:
     Raises:
         RepairError: another object has this name; it stays, and nothing is changed.
 
+    References:
+        TensorFlow 2.2 to 2.15, `tf.keras.layers.experimental.SyncBatchNormalization`.
+
     Examples:
         >>> from syncbn import compat
         >>> with compat.install():

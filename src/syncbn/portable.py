@@ -25,6 +25,9 @@ class PortableCheckpoint(keras.callbacks.ModelCheckpoint):
 
     Raises:
         InputError: before training, a layer that Keras's cannot stand in for; as `revert`.
+
+    References:
+        Keras 3, `keras.callbacks.ModelCheckpoint`, whose arguments and file names these are.
     """
 
     def __init__(self, filepath: Any, *, custom: Custom | None = None, **arguments: Any) -> None:

@@ -116,6 +116,8 @@ ALLOWED = {
     "doctor/probes/on_tensorflow.py": {"tensorflow"},
     "doctor/probes/on_jax.py": {"jax"},
     "doctor/probes/on_torch.py": {"torch"},
+    # Whether Ray has joined the processes already.
+    "integrations/ray.py": {"jax"},
 }
 
 
@@ -198,7 +200,7 @@ def test_the_doctor_stands_on_the_standard_library_alone(path):
 
 PYTHON_FILES = [
     path
-    for folder in ("src", "tests", "benchmarks")
+    for folder in ("src", "tests", "benchmarks", "examples")
     for path in sorted((ROOT / folder).rglob("*.py"))
 ]
 

@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import pathlib
+import signal
 import socket
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 
 from syncbn.errors import InputError
 from syncbn.launch import ClusterSpec, LaunchSettings, arrival
+from syncbn.launch.group import Control
 from syncbn.launch.output import LAST_LINES, Lines, Log, Screen, is_progress, settled
 from syncbn.launch.reaping import MARK, with_mark
 from syncbn.launch.resources import backend, device_environment, thread_environment, visible_gpus
@@ -73,6 +75,12 @@ def test_hosts_whose_ports_meet_are_refused(hosts, workers):
         ({"hosts": "a:1,b:1"}, "--index requires the number of this machine"),
         ({"hosts": "a:1,b:1", "index": 2}, "from 0 to 1. Received: 2"),
         ({"hosts": "a:1,b:1", "index": 0, "isolate": True}, "cuts the workers off"),
+        ({"cluster": "slurm", "isolate": True}, "cuts the workers off"),
+        ({"cluster": "pbs"}, "--cluster requires one of none, slurm, mpi"),
+        ({"cluster": "mpi", "hosts": "a:1,b:1", "index": 0}, "which tells it"),
+        ({"port": 4000}, "--port is for several tasks of srun or mpirun"),
+        ({"cluster": "slurm", "port": 65536}, "--port requires a number from 1 to 65535"),
+        ({"cluster": "mpi", "hosts": "a:1", "port": 4000}, "with --cluster mpi and --hosts"),
     ],
 )
 def test_settings_that_cannot_be_meant_are_refused(settings, words):
@@ -92,7 +100,10 @@ def test_gpus_are_shared_out_and_torch_chooses_by_itself():
     assert gpus == ["2", "5", "GPU-x", "7"]
     shares = [device_environment(rank, 2, None, gpus, "tensorflow") for rank in (0, 1)]
     assert shares == [{"CUDA_VISIBLE_DEVICES": "2,5"}, {"CUDA_VISIBLE_DEVICES": "GPU-x,7"}]
-    assert device_environment(1, 2, 1, gpus, "jax") == {"CUDA_VISIBLE_DEVICES": "5"}
+    # Of the visible ones, by their places: Slurm's JAX would take the one of the task's number.
+    own = {"CUDA_VISIBLE_DEVICES": "GPU-x,7", "JAX_LOCAL_DEVICE_IDS": "0,1"}
+    assert device_environment(1, 2, None, gpus, "jax") == own
+    assert device_environment(1, 2, 1, gpus, "jax")["CUDA_VISIBLE_DEVICES"] == "5"
     assert device_environment(1, 2, None, gpus, "torch") == {}
     with pytest.raises(InputError, match="requires 1: a process of torch"):
         device_environment(0, 2, 2, gpus, "torch")
@@ -285,7 +296,7 @@ def test_a_slow_server_for_names_holds_nothing_up(monkeypatch):
 
     monkeypatch.setattr(socket, "getaddrinfo", slow)
     monkeypatch.setattr(arrival, "_PERIOD", 0)
-    looking = arrival.Arrival(ClusterSpec(("nowhere:1",), "nowhere:2", 1), 10)
+    looking = arrival.Arrival(ClusterSpec(("nowhere:1",), "nowhere:2", (0,)), 10)
     looking.look()  # would wait here
     assert looking.found(0) == "its name is being looked up"
     answer.set()
@@ -295,3 +306,20 @@ def test_a_slow_server_for_names_holds_nothing_up(monkeypatch):
             break
         time.sleep(0.05)
     assert looking.found(0) == "no such name"
+
+
+@pytest.mark.parametrize(("together", "found"), [(0.0, 3), (60.0, 2)])
+def test_a_signal_that_comes_two_ways_is_one(pipe, together, found):
+    """Slurm's to all processes of a task, and the launcher's that hands it on."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in numbers}
+    try:
+        control = Control(pipe[0])
+        control.together = together
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGHUP):
+            signal.raise_signal(number)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert len(control.asked) == found
+    assert control.asked[-1] == signal.SIGHUP

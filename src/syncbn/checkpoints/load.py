@@ -66,6 +66,10 @@ def load_weights(
     Warns:
         CheckpointWarning: once, where the file does not say whether its batch normalizations were
             synchronized (Keras 2 lost it on saving), or other arguments differ from the file's.
+
+    References:
+        The formats as Keras 2.0 to 2.15 (`legacy_h5_format.py`, `saving_lib.py`), TensorFlow's
+        `tf.train.Checkpoint` (`trackable_object_graph.proto`) and torch's `state_dict` write them.
     """
     _check_arguments(names, by, partial)
     slots = slots_of(model)

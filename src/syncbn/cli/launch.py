@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any
 
 from syncbn.errors import InputError
 from syncbn.launch import LaunchSettings
+from syncbn.launch.clusters import detected
+from syncbn.launch.settings import CLUSTERS
 
 __all__ = ["add_cluster_options", "add_parser", "cluster_settings"]
 
@@ -24,6 +27,11 @@ ends all.
   syncbn launch --workers 4 train.py --epochs 3
   syncbn launch --workers 2 --max-restarts 3 -m my_package.train
   syncbn launch --hosts 10.0.0.1:4000,10.0.0.2:4000 --index 0 train.py    (on 10.0.0.1)
+  srun --ntasks 8 syncbn launch train.py                                  (within a job of Slurm)
+  mpirun -n 4 syncbn launch train.py
+
+Started by srun or mpirun as one of several tasks, each launcher starts one worker, or --workers,
+and all tasks are one cluster. --index, or --cluster none, takes precedence over what they say.
 """
 
 
@@ -59,19 +67,7 @@ def add_parser(commands: Any) -> None:
 
 def add_cluster_options(add: Callable[..., Any]) -> None:
     """The options of every command that starts workers."""
-    add(
-        "--workers",
-        type=int,
-        metavar="N",
-        help="workers on this machine (default: 2), or on each of the --hosts (default: 1)",
-    )
-    add(
-        "--hosts",
-        metavar="A:PORT,B:PORT",
-        help="several machines: run the launcher on each. Their workers take the port and those "
-        "after it; the first host keeps one more, for JAX and torch",
-    )
-    add("--index", type=int, metavar="I", help="which of the --hosts this machine is, from 0")
+    _add_places(add)
     add(
         "--devices-per-worker",
         type=int,
@@ -105,7 +101,40 @@ def add_cluster_options(add: Callable[..., Any]) -> None:
         "--isolate",
         action=argparse.BooleanOptionalAction,
         help="give the workers a network of their own, which nothing outside reaches and which "
-        "reaches nothing outside (default: where the kernel allows it, without --hosts)",
+        "reaches nothing outside (default: where the kernel allows it, for one launcher)",
+    )
+
+
+def _add_places(add: Callable[..., Any]) -> None:
+    """How many workers, and where."""
+    add(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="workers on this machine (default: 2), on each of the --hosts (default: 1), or of "
+        "each task of srun or mpirun (default: 1)",
+    )
+    add(
+        "--hosts",
+        metavar="A:PORT,B:PORT",
+        help="several machines: run the launcher on each. Their workers take the port and those "
+        "after it; the first host keeps one more, for JAX and torch. With srun or mpirun: one a "
+        "node, in the order of the tasks, without --index",
+    )
+    add("--index", type=int, metavar="I", help="which of the --hosts this machine is, from 0")
+    add(
+        "--cluster",
+        choices=("auto", *CLUSTERS),
+        default="auto",
+        help="whose task the launcher is: Slurm's (srun), MPI's (mpirun), or none's (default: by "
+        "the environment; none with --index, and for the only task)",
+    )
+    add(
+        "--port",
+        type=int,
+        metavar="P",
+        help="with srun or mpirun: the first port of the workers on each node (default: by the "
+        "number of the job)",
     )
 
 
@@ -113,8 +142,11 @@ def cluster_settings(arguments: argparse.Namespace) -> LaunchSettings:
     """The settings by those options, as far as the command has them."""
     names = {field.name for field in dataclasses.fields(LaunchSettings)}
     given = {name: value for name, value in vars(arguments).items() if name in names}
+    if given.get("cluster") == "auto":
+        is_told = given.get("index") is not None
+        given["cluster"] = "none" if is_told else detected(os.environ)
     if given.get("workers") is None:
-        given["workers"] = 1 if given.get("hosts") else 2
+        given["workers"] = 1 if given.get("hosts") or given.get("cluster", "none") != "none" else 2
     return LaunchSettings(**given)
 
 

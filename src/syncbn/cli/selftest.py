@@ -22,8 +22,9 @@ Train on several workers and compare with NumPy in float64, which shares no code
   soak    memory, threads and open files over many steps
   resume  a worker that is killed; the group is started again, to the same bytes
 
-The exit code is 0 only if all of them passed on all workers. Where something else starts the
-workers (Slurm, Kubernetes), run `python -m syncbn.selftest` as each of them.
+The exit code is 0 only if all of them passed on all workers. Tasks of srun and ranks of mpirun are
+one cluster's workers. Where something else starts the workers (Kubernetes), run
+`python -m syncbn.selftest` as each of them.
 """
 
 
@@ -58,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
         options = ["--only", ",".join(in_workers), "--steps", str(arguments.steps)]
         status = launch([sys.executable, "-m", "syncbn.selftest", *options], settings)
     if RESUME in checks:
-        if settings.hosts is not None:
+        if settings.hosts is not None or settings.cluster != "none":
             print("resume  left out: it is for the workers of one machine", flush=True)
         else:
             status = _resume(settings) or status

@@ -52,6 +52,9 @@ def convert(
     Raises:
         InputError: no model of Keras 3; an argument that cannot be set; a `custom` that gives
             something else. The model is then what it was.
+
+    References:
+        torch, `torch.nn.SyncBatchNorm.convert_sync_batchnorm`, which makes new modules instead.
     """
     return _converted(model, TO_SYNCHRONIZED, custom, verbose, arguments)
 
@@ -79,6 +82,9 @@ def revert(
     Raises:
         InputError: as `convert`; a layer with an activation inside, or called with `weights=`,
             which Keras's cannot do. The model is then what it was.
+
+    References:
+        Asked for of torch since 2020 (pytorch issue 41081); Keras 3, `BatchNormalization`.
     """
     return _converted(model, TO_PLAIN, custom, verbose, arguments)
 
@@ -91,8 +97,20 @@ def plan_conversion(
     Nothing is changed. `plan.replaced` and `plan.left` have a layer each, with its path and, where
     it is left, the reason; `plan.as_dict()` is for JSON, `str(plan)` the line that `convert` says.
 
+    Args:
+        model: any model or layer of Keras 3.
+        to_plain: what `revert` would do, in place of `convert`.
+        custom: as in `convert`, or in `revert`.
+        **arguments: as in `convert`, or in `revert`.
+
+    Returns:
+        The plan, whose names are those of the model's layers.
+
     Raises:
         InputError: as `convert`, but for layers that `revert` refuses, which are in `left`.
+
+    References:
+        As `convert`.
     """
     return plan(model, TO_PLAIN if to_plain else TO_SYNCHRONIZED, custom, arguments)
 
@@ -103,8 +121,18 @@ def reverted(model: Any, custom: Custom | None = None) -> Iterator[Any]:
 
     Steps that are compiled stay so: do not train inside. Not for several threads.
 
+    Args:
+        model: any model or layer of Keras 3.
+        custom: as in `revert`.
+
+    Yields:
+        The same model.
+
     Raises:
         InputError: as `revert`.
+
+    References:
+        As `revert`.
     """
     with switch(_checked(plan(model, TO_PLAIN, custom, {})).replaced):
         yield model

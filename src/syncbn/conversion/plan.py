@@ -46,6 +46,12 @@ class ConversionPlan(NamedTuple):
     """What `convert` or `revert` would do with a model, as data.
 
     `str()` gives the line that they say when they are done.
+
+    Attributes:
+        model: its name.
+        goal: the class that layers become.
+        replaced: the layers that become it, each a `Replacement`.
+        left: the batch normalizations that stay, each a `Left` with its reason.
     """
 
     model: str  # its name

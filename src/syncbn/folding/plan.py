@@ -83,8 +83,17 @@ def plan_folding(model: Any) -> FoldingPlan:
     `plan.folded` and `plan.left` have every batch normalization with its path and, where it is
     left, the reason; `plan.as_dict()` is for JSON.
 
+    Args:
+        model: as `fold` takes it.
+
+    Returns:
+        The plan, whose names are those of the model's layers.
+
     Raises:
         InputError: as `fold`.
+
+    References:
+        As `fold`.
     """
     return targets_of(model)[1]
 

@@ -5,6 +5,10 @@ It stands on the standard library alone: it imports no framework and none of syn
 spec.py         ClusterSpec: who takes part, and the environment that tells each worker. Pure.
 resources.py    cores and accelerators shared between the workers of a machine
 settings.py     what a launch is asked to do
+tasks.py        one task of a process manager's. Pure.
+slurm.py        by srun's environment. Pure.
+mpi.py          by mpirun's. Pure.
+clusters.py     which of them it is, and their workers. Pure.
 front.py        launch(): starts the supervisor, hands it signals, outlives it
 supervisor.py   the process above the workers: groups, one after another
 group.py        one group: from its start to its end

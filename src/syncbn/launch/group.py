@@ -7,6 +7,7 @@ import select
 import selectors
 import signal
 import time
+from types import FrameType
 from typing import NamedTuple
 
 from syncbn.launch.arrival import Arrival
@@ -26,18 +27,28 @@ LEFTOVERS = 1.0  # seconds that what the workers left behind has to end
 class Control:
     """What the process that called wants: signals, and whether it is still there.
 
-    `asked`: the signals that have come, in their order.
+    `asked`: the signals that have come, in their order. `together`: within so many seconds the same
+    signal is one. Slurm sends it to all processes of a task at a time, and each launcher hands on
+    its own; the second must not be taken for a user's who will not wait.
     """
 
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
         self.asked: list[int] = []
         self.is_alone = False
+        self.together = 0.0
+        self._last = 0.0
         self._parent = os.getppid()
         numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
         for number in numbers:
-            signal.signal(number, lambda received, _: self.asked.append(received))
+            signal.signal(number, self._ask)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)  # launch() held them until now
+
+    def _ask(self, number: int, _frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if not (self.asked[-1:] == [number] and now - self._last < self.together):
+            self.asked.append(number)
+        self._last = now
 
     def listen(self) -> None:
         """Read what it writes, which is nothing, until it is gone."""
@@ -176,8 +187,8 @@ class Group:
                 )
             else:
                 report.append(
-                    f"{self._spec.name(index)}: {found}. Is the launcher running there, with the "
-                    "same --hosts, and does a firewall let the port through?"
+                    f"{self._spec.name(index)}: {found}. Is the launcher running there, for the "
+                    "same cluster, and does a firewall let the port through?"
                 )
         report.append("Give --timeout more seconds where a worker only needs longer.")
         first = local.get(overdue[0])

@@ -18,6 +18,8 @@ import uuid
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from syncbn.launch.spec import MARK
+
 __all__ = [
     "MARK",
     "Family",
@@ -29,7 +31,6 @@ __all__ = [
     "with_mark",
 ]
 
-MARK = "SYNCBN_LAUNCH_ID"
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _PATIENCE = 10.0  # seconds for the kernel to end what was killed

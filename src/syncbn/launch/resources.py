@@ -99,7 +99,11 @@ def device_environment(
             "train on CPUs."
         )
     own = gpus[local_rank * share : (local_rank + 1) * share]
-    return {"CUDA_VISIBLE_DEVICES": ",".join(own)}
+    environment = {"CUDA_VISIBLE_DEVICES": ",".join(own)}
+    if framework == "jax":
+        # Under Slurm and Open MPI JAX would take the one of those whose number is the task's.
+        environment["JAX_LOCAL_DEVICE_IDS"] = ",".join(map(str, range(share)))
+    return environment
 
 
 def _virtual_devices(count: int, framework: str) -> Mapping[str, str]:

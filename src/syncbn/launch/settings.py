@@ -9,7 +9,9 @@ from syncbn.errors import InputError
 from syncbn.launch.resources import BACKENDS
 from syncbn.launch.spec import parse_hosts
 
-__all__ = ["LaunchSettings"]
+__all__ = ["CLUSTERS", "LaunchSettings"]
+
+CLUSTERS = ("none", "slurm", "mpi")
 
 _MOST_WORKERS = 4096
 
@@ -19,9 +21,13 @@ class LaunchSettings:
     """One launch.
 
     Attributes:
-        workers: on each machine.
-        hosts: "a:p,b:p", one a machine; None for workers on this machine alone.
-        index: which of the hosts this machine is.
+        workers: on each machine; with `cluster`, of each task.
+        hosts: "a:p,b:p", one a machine; None for workers on this machine alone, or where
+            `cluster` tells.
+        index: which of the hosts this machine is; None where `cluster` tells.
+        cluster: "slurm" or "mpi" where this process is a task of srun's or mpirun's, whose
+            environment tells the others; "none" where it is not, or is not to be looked at.
+        port: the first port of the workers of each machine, where `cluster` tells the machines.
         devices_per_worker: GPUs, or virtual CPU devices; None for an equal share of the GPUs.
         backend: "tensorflow", "jax" or "torch"; None for what Keras would take.
         max_restarts: how often the whole group is started again after a failure.
@@ -36,6 +42,8 @@ class LaunchSettings:
     workers: int = 2
     hosts: str | None = None
     index: int | None = None
+    cluster: str = "none"
+    port: int | None = None
     devices_per_worker: int | None = None
     backend: str | None = None
     max_restarts: int = 0
@@ -68,9 +76,41 @@ class LaunchSettings:
             raise InputError(
                 f"--backend requires one of {', '.join(BACKENDS)}. Received: {self.backend!r}."
             )
+        self._check_cluster()
         self._check_hosts()
 
+    def _check_cluster(self) -> None:
+        if self.cluster not in CLUSTERS:
+            raise InputError(
+                f"--cluster requires one of {', '.join(CLUSTERS)}. Received: {self.cluster!r}."
+            )
+        if self.port is not None:
+            if self.cluster == "none" or self.hosts is not None:
+                raise InputError(
+                    "--port is for several tasks of srun or mpirun without --hosts, which have "
+                    f"ports of their own. Received: --port {self.port} with --cluster "
+                    f"{self.cluster}{'' if self.hosts is None else ' and --hosts'}. Leave it out."
+                )
+            if not 1 <= self.port <= 65535:
+                raise InputError(
+                    f"--port requires a number from 1 to 65535. Received: {self.port}. Give "
+                    "another."
+                )
+        if self.cluster != "none" and self.isolate:
+            raise InputError(
+                "--isolate cuts the workers off from those of the other tasks. Received: --isolate "
+                f"with --cluster {self.cluster}. Leave --isolate out, or give --cluster none."
+            )
+        if self.cluster != "none" and self.index is not None:
+            raise InputError(
+                "--index is for launchers whose place nothing else tells. Received: "
+                f"{self.index} with --cluster {self.cluster}, which tells it. Leave one of them "
+                "out."
+            )
+
     def _check_hosts(self) -> None:
+        if self.cluster != "none":
+            return  # how many workers each has is known with the task
         if self.hosts is None:
             if self.index is not None:
                 raise InputError(

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from syncbn.errors import InputError
 
-__all__ = ["ClusterSpec", "parse_hosts", "split_address"]
+__all__ = ["MARK", "ClusterSpec", "parse_hosts", "split_address"]
+
+# In the environment of every worker and of all that it starts: by which launches, "A:B".
+MARK = "SYNCBN_LAUNCH_ID"
 
 _LARGEST_PORT = 65535
 
@@ -21,18 +24,18 @@ class ClusterSpec:
         addresses: "host:port" of each worker, where TensorFlow's server of that worker listens.
         rendezvous: "host:port" at worker 0, where JAX's coordinator or torch's store listens. It is
             none of the addresses, so that whoever listens at one of those is TensorFlow.
-        local_size: workers on each machine; those of one machine follow each other.
+        machines: the number of the machine of each worker.
     """
 
     addresses: tuple[str, ...]
     rendezvous: str
-    local_size: int
+    machines: tuple[int, ...]
 
     @classmethod
     def on_this_machine(cls, ports: list[int]) -> ClusterSpec:
         """All workers on 127.0.0.1; the last of the ports is the rendezvous."""
         addresses = tuple(f"127.0.0.1:{port}" for port in ports)
-        return cls(addresses[:-1], addresses[-1], len(ports) - 1)
+        return cls(addresses[:-1], addresses[-1], (0,) * (len(ports) - 1))
 
     @classmethod
     def on_hosts(cls, hosts: tuple[str, ...], workers: int = 1) -> ClusterSpec:
@@ -41,11 +44,36 @@ class ClusterSpec:
         The rendezvous is at the first host, at the port after those of its workers.
         """
         places = [split_address(host) for host in hosts]
-        addresses = tuple(
-            f"{host}:{port + number}" for host, port in places for number in range(workers)
+        return cls.on_machines(
+            places, [machine for machine in range(len(hosts)) for _ in range(workers)]
         )
-        host, port = places[0]
-        return cls(addresses, f"{host}:{port + workers}", workers)
+
+    @classmethod
+    def on_machines(cls, places: Sequence[tuple[str, int]], machines: Sequence[int]) -> ClusterSpec:
+        """Workers whose machines are given, in the order of their numbers.
+
+        Each takes the next port of its machine. The rendezvous is at worker 0's machine, at the
+        port after those of its workers.
+
+        Args:
+            places: the host and the first port of each machine.
+            machines: for each worker, the place of its machine in `places`.
+
+        Raises:
+            InputError: a machine's ports do not suffice.
+        """
+        ports = [port for _, port in places]
+        addresses = []
+        for machine in machines:
+            addresses.append(f"{places[machine][0]}:{ports[machine]}")
+            ports[machine] += 1
+        if max(ports) > _LARGEST_PORT:
+            raise InputError(
+                f"Ports end at {_LARGEST_PORT}. Received: {max(ports)} as one of {len(machines)} "
+                "workers' or as the one where they meet. Give a lower one."
+            )
+        rendezvous = f"{places[machines[0]][0]}:{ports[machines[0]]}"
+        return cls(tuple(addresses), rendezvous, tuple(machines))
 
     def __len__(self) -> int:
         return len(self.addresses)
@@ -54,9 +82,9 @@ class ClusterSpec:
         """How messages call a worker: "worker 1 (127.0.0.1:4123)"."""
         return f"worker {index} ({self.addresses[index]})"
 
-    def local_workers(self, machine: int) -> range:
+    def local_workers(self, machine: int) -> Sequence[int]:
         """The numbers of the workers on the machine of that number."""
-        return range(machine * self.local_size, (machine + 1) * self.local_size)
+        return [index for index, other in enumerate(self.machines) if other == machine]
 
     def environment(self, index: int) -> Mapping[str, str]:
         """What worker `index` reads about the cluster, for each framework by its own convention.
@@ -66,6 +94,7 @@ class ClusterSpec:
         torch: `RANK`, `WORLD_SIZE`, `MASTER_ADDR`, …, as `torch.distributed`'s env:// reads.
         """
         host, port = split_address(self.rendezvous)
+        local = self.local_workers(self.machines[index])
         config = {
             "cluster": {"worker": list(self.addresses)},
             "task": {"type": "worker", "index": index},
@@ -77,9 +106,9 @@ class ClusterSpec:
             "KERAS_DISTRIBUTION_PROCESS_ID": str(index),
             "RANK": str(index),
             "WORLD_SIZE": str(len(self)),
-            "LOCAL_RANK": str(index % self.local_size),
-            "LOCAL_WORLD_SIZE": str(self.local_size),
-            "GROUP_RANK": str(index // self.local_size),
+            "LOCAL_RANK": str(local.index(index)),
+            "LOCAL_WORLD_SIZE": str(len(local)),
+            "GROUP_RANK": str(self.machines[index]),
             "MASTER_ADDR": host.strip("[]"),
             "MASTER_PORT": str(port),
         }

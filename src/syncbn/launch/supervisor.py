@@ -19,18 +19,20 @@ from pathlib import Path
 from typing import NamedTuple
 
 from syncbn.errors import InputError
-from syncbn.launch import isolation, resources
+from syncbn.launch import clusters, isolation, resources
 from syncbn.launch.group import Control, Group, Outcome
 from syncbn.launch.output import TENSORFLOW_NOTICES, Log, Screen
 from syncbn.launch.reaping import Family, adopt_orphans, end_marked, with_mark
 from syncbn.launch.settings import LaunchSettings
-from syncbn.launch.spec import ClusterSpec, parse_hosts
+from syncbn.launch.spec import ClusterSpec, parse_hosts, split_address
+from syncbn.launch.tasks import Task
 from syncbn.launch.worker import Worker
 
 __all__ = ["Order", "main", "receive"]
 
 EXIT_BAD_INPUT = 2
 LOG_LEVEL = "TF_CPP_MIN_LOG_LEVEL"
+SIGNALS_OF_ONE = 1.0  # seconds between those of a process manager and of launch()
 WARNING = (
     "warning: TensorFlow's worker servers listen on all interfaces without authentication: "
     "whoever reaches their ports can run code here. Train on a trusted network, behind a firewall"
@@ -71,8 +73,16 @@ def main() -> int:
     hidden = () if os.environ.get(LOG_LEVEL) == "0" else TENSORFLOW_NOTICES
     screen = Screen(("",) if order.settings.quiet else hidden, control.look)
     try:
+        task = clusters.find_task(
+            os.environ,
+            order.settings,
+            resources.available_cores(),
+            os.cpu_count() or 1,
+            socket.gethostname(),
+        )
+        control.together = 0.0 if task is None else SIGNALS_OF_ONE
         reason = _isolate(order.settings)
-        return _Supervisor(order, control, screen, reason).run()
+        return _Supervisor(order, control, screen, reason, task).run()
     except InputError as error:
         print(f"syncbn: error: {error}", file=sys.stderr)  # noqa: T201 - this is a command
         return EXIT_BAD_INPUT
@@ -91,6 +101,8 @@ def _isolate(settings: LaunchSettings) -> str | None:
     Raises:
         InputError: it was asked for and cannot be done.
     """
+    if settings.cluster != "none":
+        return "the other tasks' workers must reach them"
     if settings.hosts is not None:
         return "--hosts names other machines"
     if settings.isolate is False:
@@ -111,16 +123,24 @@ class _Supervisor:
     """Starts one group after another until one ends well, or no restart is left."""
 
     def __init__(
-        self, order: Order, control: Control, screen: Screen, not_isolated: str | None
+        self,
+        order: Order,
+        control: Control,
+        screen: Screen,
+        not_isolated: str | None,
+        task: Task | None,
     ) -> None:
         self._order = order
+        self._task = task
         self._settings = order.settings
         self._control = control
         self._screen = screen
         self._not_isolated = not_isolated
         self._framework = self._settings.backend or resources.backend(os.environ)
-        self._machine = self._settings.index or 0
-        self._cores = resources.available_cores()
+        self._cores = resources.available_cores() if task is None else task.cores
+        workers = self._settings.workers
+        first = (self._settings.index or 0 if task is None else task.rank) * workers
+        self._own = range(first, first + workers)  # the workers that this launcher starts
 
     def run(self) -> int:
         """The exit code of the last group."""
@@ -135,7 +155,7 @@ class _Supervisor:
                 self._screen.note(
                     f"restarting all workers ({restarts + 1} of {self._settings.max_restarts})"
                 )
-                if self._settings.hosts:
+                if self._settings.hosts or self._task:
                     time.sleep(1)  # the ports are the same, and the other machines' workers end too
                     if self._control.look():
                         break
@@ -145,10 +165,12 @@ class _Supervisor:
         spec = self._spec()
         if restarts == 0:
             self._announce(spec)
+            if self._task is not None:
+                _check_ports(spec, self._own)
         settings = self._settings
         workers: list[Worker] = []
         try:
-            for index in spec.local_workers(self._machine):
+            for index in self._own:
                 logs[index].begin(f"{spec.name(index)}, start {restarts + 1}")
                 workers.append(
                     Worker(
@@ -182,8 +204,10 @@ class _Supervisor:
         return group.run()
 
     def _spec(self) -> ClusterSpec:
-        """The cluster; on one machine at new ports for every group."""
+        """The cluster; on one machine alone at new ports for every group."""
         settings = self._settings
+        if self._task is not None:
+            return clusters.spec_of(self._task, settings)
         if settings.hosts is not None:
             hosts = parse_hosts(settings.hosts, settings.workers)
             return ClusterSpec.on_hosts(hosts, settings.workers)
@@ -204,18 +228,13 @@ class _Supervisor:
             LOG_LEVEL: "1",  # TensorFlow's notices, once for every worker
             **resources.thread_environment(settings.workers, self._cores),
         }
-        if self._not_isolated is None:
-            # Both look for an interface by the machine's name, which nobody resolves in there.
+        on_loopback = all(split_address(one)[0] == "127.0.0.1" for one in spec.addresses)
+        if self._not_isolated is None or (self._task and on_loopback and sys.platform == "linux"):
+            # Both look for an interface by the machine's name, which need not be resolved.
             defaults |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
         given = {
             **spec.environment(index),
-            **resources.device_environment(
-                index % spec.local_size,
-                spec.local_size,
-                settings.devices_per_worker,
-                resources.visible_gpus(os.environ),
-                self._framework,
-            ),
+            **self._devices(spec, index),
             "SYNCBN_TIMEOUT": str(settings.timeout),
             "SYNCBN_RESTARTS": str(restarts),
         }
@@ -223,12 +242,39 @@ class _Supervisor:
             given["KERAS_BACKEND"] = settings.backend
         return with_mark({**defaults, **os.environ, **given}, self._order.mark)
 
+    def _devices(self, spec: ClusterSpec, index: int) -> Mapping[str, str]:
+        """Its GPUs: of the machine's, or of its task's where the process manager shared them."""
+        sharing: Sequence[int] = spec.local_workers(spec.machines[index])
+        chosen = {}
+        if self._task is not None and self._task.has_own_gpus:
+            sharing = self._own
+            # By these torch's programs choose one of those that they see.
+            chosen = {
+                "LOCAL_RANK": str(sharing.index(index)),
+                "LOCAL_WORLD_SIZE": str(len(sharing)),
+                "GROUP_RANK": str(self._task.rank),
+            }
+        return chosen | {
+            **resources.device_environment(
+                sharing.index(index),
+                len(sharing),
+                self._settings.devices_per_worker,
+                resources.visible_gpus(os.environ),
+                self._framework,
+            )
+        }
+
     def _announce(self, spec: ClusterSpec) -> None:
         threads = max(1, self._cores // self._settings.workers)
-        local = ", ".join(spec.addresses[index] for index in spec.local_workers(self._machine))
+        if self._task is not None:
+            if self._task.rank == 0:
+                self._screen.note(_in_words(self._task, spec, threads))
+                self._screen.note(WARNING)
+            return
+        local = ", ".join(spec.addresses[index] for index in self._own)
         where = "in a network of their own (--no-isolate for downloads and the like)"
         self._screen.note(
-            f"{len(spec.local_workers(self._machine))} of {len(spec)} workers here, {threads} "
+            f"{len(self._own)} of {len(spec)} workers here, {threads} "
             f"thread(s) each, at {local}{'' if self._not_isolated else f', {where}'}"
         )
         if self._not_isolated:
@@ -240,10 +286,8 @@ class _Supervisor:
         Raises:
             InputError: the folder cannot be written to.
         """
-        first = self._machine * self._settings.workers
-        indices = range(first, first + self._settings.workers)
         if self._settings.log_dir is None:
-            return {index: Log(None) for index in indices}
+            return {index: Log(None) for index in self._own}
         folder = Path(self._settings.log_dir)
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -252,7 +296,7 @@ class _Supervisor:
                     files.enter_context((folder / f"worker-{index}.log").open("ab", buffering=0)),
                     self._screen.note,
                 )
-                for index in indices
+                for index in self._own
             }
         except OSError as error:
             raise InputError(
@@ -280,6 +324,37 @@ def free_ports(count: int) -> list[int]:
         for one in taken:
             one.bind(("", 0))
         return [one.getsockname()[1] for one in taken]
+
+
+def _check_ports(spec: ClusterSpec, own: Sequence[int]) -> None:
+    """The ports follow from a number: another cluster's on this machine may be the same.
+
+    Raises:
+        InputError: somebody listens at one of this launcher's.
+    """
+    addresses = [spec.addresses[index] for index in own]
+    for address in [*addresses, *([spec.rendezvous] if own[0] == 0 else [])]:
+        port = split_address(address)[1]
+        with socket.socket() as one:
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                one.bind(("", port))
+            except OSError as error:
+                raise InputError(
+                    f"The workers of tasks require ports that all tasks know, here {port}. "
+                    f"Received: {error.strerror or error}: somebody on this machine listens there. "
+                    "Give all tasks the first of some free ports: --port."
+                ) from error
+
+
+def _in_words(task: Task, spec: ClusterSpec, threads: int) -> str:
+    """What the process manager's environment was taken for."""
+    places = [*spec.addresses[:4], *(["…"] if len(spec) > 4 else [])]
+    return (
+        f"{task.manager}: {len(spec)} workers in {len(task)} tasks on {len({*spec.machines})} "
+        f"node(s), {threads} thread(s) each here, at {', '.join(places)}; JAX and torch meet at "
+        f"{spec.rendezvous}"
+    )
 
 
 def _speaks_of_network(line: str) -> bool:

@@ -64,6 +64,10 @@ class SyncMonitor(keras.callbacks.Callback):
         InputError: an argument that cannot be; in `fit`, a model without a layer to watch.
         NotSynchronizableError: in `fit`, replicas that do not train in step; by
             `on_spread="raise"`, moving statistics that have parted.
+
+    References:
+        d_r is the root mean square, over the channels, of the standardized difference of two means:
+        Cohen, "Statistical Power Analysis for the Behavioral Sciences", 1988 (section 2.2).
     """
 
     # `on_train_batch_end` is left alone, or Keras would wait for the numbers of every step.

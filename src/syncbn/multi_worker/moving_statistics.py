@@ -35,16 +35,20 @@ def average_moving_statistics(model: Any, counts: Sequence[float] | None = None)
 
     Args:
         model: made inside the scope of its strategy.
-        counts: what each replica's statistics weigh, in the order of the replicas. By default the
-            number of examples that each has seen since the metrics were reset, as in the last
-            epoch; equal weights where there are none. Statistics that are not finite (Keras leaves
-            NaN on a replica whose part of a batch was empty) weigh nothing.
+        counts: of shape [R], what each replica's statistics weigh, in the order of the replicas. By
+            default the number of examples that each has seen since the metrics were reset, as in
+            the last epoch; equal weights where there are none. Statistics that are not finite
+            (Keras leaves NaN on a replica whose part of a batch was empty) weigh nothing.
 
     Returns:
         The names of the layers, none where there is one replica.
 
     Raises:
         InputError: `counts` are not one number a replica, or all are 0; this runs in a replica.
+
+    References:
+        Keras 2, `BatchNormalization`, whose moving statistics are variables of
+        `synchronization=ON_READ, aggregation=MEAN`.
     """
     strategy = model.distribute_strategy
     replicas, layers = replica_count(strategy), local_layers(model)

@@ -125,6 +125,17 @@ def default_timeout() -> float:
     return seconds
 
 
+def _names_of_repairs(names: Iterable[str]) -> frozenset[str]:
+    given = frozenset(names)
+    unknown = given - {repair.name for repair in REPAIRS}
+    if unknown:
+        raise InputError(
+            "`without` requires names of repairs. "
+            f"Received: {sorted(unknown)}. There are: {[repair.name for repair in REPAIRS]}."
+        )
+    return given
+
+
 def enable_multi_worker(
     *, without: Iterable[str] = (), timeout: float | None = None
 ) -> MultiWorker:
@@ -154,19 +165,15 @@ def enable_multi_worker(
             positive; it is in effect already with other arguments.
         RepairError: a repair cannot tell whether this Keras needs it. Keras is left as it was.
 
+    References:
+        Keras issue 20585; of each repair its public issue, `syncbn.multi_worker.REPAIRS[…].issue`.
+
     Examples:
-        >>> import syncbn
         >>> syncbn.enable_multi_worker().applied[:2]
         ('building', 'steps')
     """
     global _active
-    left_out = frozenset(without)
-    unknown = left_out - {repair.name for repair in REPAIRS}
-    if unknown:
-        raise InputError(
-            "`without` requires names of repairs. "
-            f"Received: {sorted(unknown)}. There are: {[repair.name for repair in REPAIRS]}."
-        )
+    left_out = _names_of_repairs(without)
     if timeout is not None and not 0 < timeout < math.inf:
         raise InputError(f"`timeout` requires seconds, more than 0. Received: {timeout}.")
     with _lock:

@@ -64,6 +64,9 @@ def distribute_dataset(
         NotSynchronizableError: several processes without a distribution.
         UnsupportedFeatureError: Keras does not run on JAX, or is too old.
         WorkerError: a process failed, is late, or does something else; it says which.
+
+    References:
+        Keras 3, `keras.distribution.DataParallel`, whose layout of batches this fills.
     """
     data = {"x": x, "y": y, "sample_weight": sample_weight}
     return _adapted(

@@ -56,6 +56,7 @@ def recalibrate(
         dataset: what `fit` takes: arrays, a `tf.data.Dataset`, a `keras.utils.PyDataset`, a
             generator, a torch `DataLoader`, on JAX `syncbn.distribute_dataset(...)`. Batches are x,
             (x, y) or (x, y, sample_weight), a tuple of arrays too; y and sample_weight are ignored.
+            x has the shape [N, …] that the model takes; N may differ from batch to batch.
             Masks count. Several inputs are a list or a dictionary.
         steps: at most so many global batches; None for all.
         batch_size: examples of a global batch, with arrays only (Keras's default: 32). They are
@@ -69,8 +70,8 @@ def recalibrate(
             without `steps`; statistics that are NaN or infinite.
         NotSynchronizableError: the replicas cannot meet here.
         WorkerError: another worker or process is gone, late, or failed.
-        Whatever the data and the layers of the model raise. On any error, an interrupt too, the
-        layers, their moving statistics and what is compiled are what they were.
+        Exception: whatever the data and the layers of the model raise. On any error, an interrupt
+            too, the layers, their moving statistics and what is compiled are what they were.
 
     References:
         Wu, Johnson, "Rethinking 'Batch' in BatchNorm", arXiv:2105.07576, 2021 (section 3).

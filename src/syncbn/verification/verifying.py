@@ -58,6 +58,10 @@ def verify(
     Raises:
         InputError: build_model returns no compiled model; data that do not fit it; more replicas
             than examples; too late to make devices.
+
+    References:
+        Tolerances grow with the root of the depth, as rounding does: Higham, Mary, "A New Approach
+        to Probabilistic Rounding Error Analysis", SIAM J. Sci. Comput. 41(5), 2019.
     """
     settings = VerifySettings(replicas, steps, batch_size, workers, repair, not random)
     return verified(build_model, data, settings, lambda _: None)
