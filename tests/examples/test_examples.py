@@ -76,7 +76,7 @@ def _converted(printed):
     assert synchronized < 1e-3
     assert local > 0.1
     assert "syncbn needed: False" in printed
-    assert numbers(r"answers off by (\S+)", printed)[0] == 0
+    assert numbers(r"answers off by (\S+)", printed)[0] < 1e-12  # float64: sums in another order
 
 
 @pytest.mark.engines
