@@ -95,7 +95,7 @@ def test_a_run_of_the_same_name_goes_on_to_the_same_bits(tmp_path):
     assert straight["loss"] == whole["loss"]
     assert noted(tmp_path, "straight")["epochs"] == [0, 1, 2]
     assert noted(tmp_path, "resumed", 1)["epochs"] == [1, 2]
-    assert len([*(tmp_path / "storage" / "straight").glob("checkpoint_*")]) == 2
+    assert len([*(tmp_path / "storage" / "straight").glob("checkpoint_*/")]) == 2
 
 
 @pytest.mark.engines
@@ -137,7 +137,7 @@ def test_the_example_trains_and_goes_on_where_it_was(backend, tmp_path):
         assert len({*re.findall(r"weights ([-\d.]+)", printed)}) == 1
         reports = re.findall(r"Reporting training result \d+: .*?'epoch': (\d+)", printed)
         assert set(map(int, reports)) == ({1, 2, 3, 4, 5, 6} if epochs == 6 else {7, 8})
-    assert float(line[1]) > 0.8
+    assert float(line[1]) > 0.6
 
 
 def test_outside_of_a_worker_it_says_where_it_belongs():
