@@ -70,12 +70,15 @@ class Page:
         with self._sessions:
             for block in self._blocks:
                 self._run(block, f"{self._name}:{block.line}")
-        commands = "\n".join(b.text for b in self._blocks if b.language in {"console", "bash"})
+        run = [block for block in self._blocks if "not run" not in block.options]
+        commands = "\n".join(block.text for block in run if block.language in {"console", "bash"})
         for file in self._files:
             if file.endswith(".py") and file not in commands:
                 raise PageError(f"{self._name}: {file} is written and no console block runs it")
 
     def _run(self, block: Block, name: str) -> None:
+        if "not run" in block.options and block.output is not None:
+            raise PageError(f"{name}: what is not run prints nothing that could be compared")
         if block.title:
             path = self._folder / block.title
             path.parent.mkdir(parents=True, exist_ok=True)

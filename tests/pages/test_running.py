@@ -107,6 +107,11 @@ def test_what_is_not_true_is_seen(text, said, tmp_path):
         ("<!-- block: not run -->\n```python\n```\n", "needs a value"),
         ("<!-- block: alone=1 -->\n```python\n```\n", "takes no value"),
         ('```python title="a.py"\n```\n', "no console block runs it"),
+        (
+            FAR + '```python title="a.py"\n```\n\n' + FAR + "```console\n$ python a.py\n```\n",
+            "runs it",
+        ),
+        (FAR + "```python\nprint(1)\n```\n\n```text\n1\n```\n", "is not run prints nothing"),
         ("```bash\nls\n```\n", "a bash block has a title"),
     ],
 )
