@@ -92,10 +92,33 @@ def test_what_takes_arrays_says_their_shapes(name):
     assert re.search(r"\bshapes?\b|\brows?\b|\[R\]|channels", documented(name), re.IGNORECASE)
 
 
+def methods_of_our_own():
+    """Public methods of public classes that override nothing of Keras's or Python's."""
+    for name in PUBLIC:
+        kind = thing(name)
+        if not inspect.isclass(kind):
+            continue
+        for method, function in vars(kind).items():
+            theirs = any(
+                hasattr(base, method) and not base.__module__.startswith("syncbn")
+                for base in kind.__mro__[1:]
+            )
+            if not method.startswith("_") and not theirs and inspect.isfunction(function):
+                yield pytest.param(function, id=f"{name}.{method}")
+
+
+@pytest.mark.parametrize("method", [*methods_of_our_own()])
+def test_a_method_explains_itself_and_its_parameters(method):
+    text = inspect.getdoc(method)
+    assert text.splitlines()[0].endswith(".")
+    assert named(text, "Args") == parameters_of(method) - {"self"}
+
+
 def test_every_public_name_is_on_exactly_one_page_of_the_api():
     names = [name.removeprefix("syncbn.") for name in SHOWN]
     assert len(names) == len(set(names))
-    assert {*syncbn.__all__, "compat", "tf_keras"} <= {*names}
+    assert {*syncbn.__all__, "tf_keras", "compat"} <= {*names}
+    assert {name for name in PUBLIC if name.startswith("integrations.")} <= {*names}
 
 
 def test_every_name_of_the_api_pages_exists():

@@ -120,7 +120,13 @@ def blocks_of(page: Path | str) -> list[Block]:
     name = page.name if isinstance(page, Path) else "page"
     lines = (page.read_text(encoding="utf-8") if isinstance(page, Path) else page).splitlines()
     blocks, ends = [], []
-    for first, last in _fenced(lines, name):
+    pairs = _fenced(lines, name)
+    above = {first - 1 for first, _ in pairs}
+    inside = {number for first, last in pairs for number in range(first, last)}
+    for number, line in enumerate(lines):
+        if _OPTIONS.match(line) and number not in above | inside:
+            raise PageError(f"{name}:{number + 1}: options of a block stand right above a block")
+    for first, last in pairs:
         where = f"{name}:{first + 1}"
         info = _INFO.match(_FENCE.match(lines[first])["info"])
         if not info or info["language"] not in LANGUAGES:

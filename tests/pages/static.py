@@ -21,7 +21,8 @@ from tests.pages.blocks import Block
 from tests.pages.session import BlockError
 
 ROOT = Path(__file__).parents[2]
-# What may stand before the program in a command: another command that starts it.
+# What ends a command of a line, or its arguments.
+_BETWEEN = {"|", "&&", "||", ";", ">", ">>", "<", "2>"}
 _DOCKER = re.compile(
     r"^(?:ADD|ARG|CMD|COPY|ENTRYPOINT|ENV|EXPOSE|FROM|HEALTHCHECK|LABEL|RUN|USER|VOLUME|WORKDIR) "
 )
@@ -142,16 +143,20 @@ def _make(words: list[str]) -> None:
 def command(text: str) -> None:
     """A command of a shell; of ours, pip's and make's also the arguments."""
     words = shlex.split(text, comments=True)
-    for number, word in enumerate(words):
-        rest = words[number + 1 :]
-        stop = next((at for at, one in enumerate(rest) if one in {"|", "&&", "||", ";", ">"}), None)
-        if word == "syncbn":
-            _ours(rest[:stop])
-            return
-        if word == "pip":
-            _extras(rest[:stop])
-        if word == "make" and number == 0:
-            _make(rest[:stop])
+    one: list[str] = []
+    for word in [*words, ";"]:
+        if word not in _BETWEEN:
+            one.append(word)
+            continue
+        for number, name in enumerate(one):
+            if name == "syncbn":
+                _ours(one[number + 1 :])
+                break
+            if name == "pip":
+                _extras(one[number + 1 :])
+        if one[:1] == ["make"]:
+            _make(one[1:])
+        one = []
 
 
 def bash(text: str) -> None:
@@ -160,10 +165,13 @@ def bash(text: str) -> None:
     if result.returncode:
         raise ValueError(result.stderr)
     for line in text.replace("\\\n", " ").splitlines():
-        if not line.lstrip().startswith("#"):
-            with contextlib.suppress(ValueError):
-                shlex.split(line)
-                command(line)
+        if line.lstrip().startswith("#"):
+            continue
+        try:
+            shlex.split(line)
+        except ValueError:  # a quote that spans lines
+            continue
+        command(line)
 
 
 def console(text: str) -> None:

@@ -170,7 +170,15 @@ class Verdict:
         return self.outcome.exit_code
 
     def worst(self, kind: Kind, layer: str | None = None) -> Comparison | None:
-        """The comparison of that kind, of that layer if given, that is furthest off."""
+        """The comparison of that kind, of that layer if given, that is furthest off.
+
+        Args:
+            kind: what is compared: outputs, gradients and so on.
+            layer: its name; None for all of them.
+
+        Returns:
+            The one with the largest part of its tolerance; None where there is none.
+        """
         of_kind = [
             one
             for one in self.comparisons
