@@ -159,7 +159,7 @@ def test_chief_and_worker_train_one_model_which_the_evaluator_evaluates(tmp_path
     assert sums["chief"] == sums["worker"]
     accuracies = re.findall(r"^epoch-(\d+): accuracy ([\d.]+)$", printed, re.M)
     assert [int(epoch) for epoch, _ in accuracies] == [1, 2, 3, 4]
-    assert float(accuracies[-1][1]) > 0.15
+    assert float(accuracies[-1][1]) > 0.25  # by chance 0.1; six runs had 0.47 to 0.56
 
 
 @pytest.mark.engines

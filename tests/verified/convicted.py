@@ -163,6 +163,33 @@ class ClippedApart(Step):
         return [tf.clip_by_norm(gradient, 0.05) for gradient in gradients]
 
 
+class GradientsOff(Step):
+    """By a ten thousandth, and all else is right."""
+
+    def own_gradients(self, gradients: Any) -> Any:
+        share = 1.0 + 1e-4 * (_sum(keras.ops.ones(())) - 1.0)
+        return [gradient * share for gradient in gradients]
+
+
+class Alternating(layers.Layer):
+    """Every other example twice: on replicas the same ones, in another order others."""
+
+    def call(self, inputs: Any) -> Any:
+        places = keras.ops.arange(keras.ops.shape(inputs)[0])
+        return inputs * keras.ops.cast(1 + places % 2, inputs.dtype)[:, None]
+
+
+class AlternatingGradientsOff(GradientsOff):
+    """The same, where another order of the examples changes everything."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alternating = Alternating()
+
+    def call(self, inputs: Any, training: Any = None) -> Any:
+        return super().call(self.alternating(inputs), training=training)
+
+
 class AppliedApart(Step):
     """Weights follow each replica's own gradient, beside the optimizer."""
 
@@ -297,6 +324,8 @@ DEFECTS: dict[str, Defect] = {
     "loss a mean of means": Defect(stepped(MeanDivided), Cause.EQUAL_WEIGHTS, ragged=True),
     "loss divided twice": Defect(stepped(DividedTwice), Cause.LOSS_COUNT),
     "clipped apart": Defect(stepped(ClippedApart), Cause.GRADIENTS),
+    "gradients off": Defect(stepped(GradientsOff), Cause.GRADIENTS),
+    "alternating, gradients off": Defect(stepped(AlternatingGradientsOff), Cause.GRADIENTS),
     "applied apart": Defect(stepped(AppliedApart), Cause.NOT_SUMMED),
     "optimizer": Defect(lambda: compiled(dense(), NoisyOptimizer(0.1)), Cause.OPTIMIZER),
     "metric": Defect(

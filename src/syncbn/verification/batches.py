@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any, NamedTuple
 from zipfile import BadZipFile
@@ -60,6 +61,15 @@ class Batches(NamedTuple):
             None if part is None else tree.map_structure(lambda array: array[which], part)
             for part in (self.x, self.y, self.sample_weight)
         )
+
+    def shuffled(self, seed: int) -> Batches:
+        """The same examples in each batch, in another order."""
+        random = np.random.default_rng(seed)
+        edges = np.cumsum([0, *self.sizes])
+        order = [
+            random.permutation(np.arange(start, stop)) for start, stop in itertools.pairwise(edges)
+        ]
+        return Batches(*self.rows(np.concatenate(order)), self.size)
 
     def check_fits(self, model: Any) -> None:
         """Raise an InputError where the inputs cannot be those of the model."""

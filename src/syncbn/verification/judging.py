@@ -104,6 +104,12 @@ class Judgement:
         if self._undefined is None and not np.all(np.isfinite(reference.losses.get(0, [0.0]))):
             self._undefined = number
 
+    @property
+    def convicts_by_gradients_alone(self) -> bool:
+        """Whether gradients depart, and everything else but the weights that follow them agrees."""
+        failed = {one.kind for one in self._comparisons if not one.agrees}
+        return Kind.GRADIENT in failed and failed <= {Kind.GRADIENT, Kind.WEIGHT}
+
     def verdict(self) -> Verdict:
         """On all steps."""
         failed = [one for one in self._comparisons if not one.agrees]

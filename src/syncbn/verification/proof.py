@@ -14,12 +14,12 @@ import keras
 from syncbn.errors import InputError
 from syncbn.verification.batches import Batches, make_batches
 from syncbn.verification.judging import Judgement, cannot_tell
-from syncbn.verification.measuring import Pair, Sharing, measure
+from syncbn.verification.measuring import Measured, Pair, Sharing, measure
 from syncbn.verification.running import Keep, backend, perturbed, run
 from syncbn.verification.settings import VerifySettings
 from syncbn.verification.steps import OnReplicas, Steps
 from syncbn.verification.tolerances import Tolerances
-from syncbn.verification.verdict import Cause, Verdict
+from syncbn.verification.verdict import Cause, Kind, Verdict
 from syncbn.verification.workers import run_by_workers
 
 __all__ = ["Proof"]
@@ -92,15 +92,25 @@ class Proof:
             self._progress(f"the same on {self._settings.replicas_in_sync} {kind}")
             self._note_amplified(steps, rounded, tolerances)
             on_replicas = self._on_replicas(folder, steps, hold)
-            judgement = Judgement(
-                steps.structure(), tolerances, self._settings, self._batches, on_replicas, hold
-            )
-            for number in range(self._batches.steps):
-                own = on_replicas.step(number)
-                if own is None:
-                    break
-                judgement.add(number + 1, steps.before(number), steps.step(number), own)
+            judgement = self._judgement(steps, on_replicas, tolerances, hold)
+            if judgement.convicts_by_gradients_alone:
+                self._progress("one device again, with examples in another order")
+                self._note_order(one_device, steps, tolerances, hold)
+                judgement = self._judgement(steps, on_replicas, tolerances, hold)
             return judgement.verdict()
+
+    def _judgement(
+        self, steps: Steps, on_replicas: OnReplicas, tolerances: Tolerances, hold: bool
+    ) -> Judgement:
+        judgement = Judgement(
+            steps.structure(), tolerances, self._settings, self._batches, on_replicas, hold
+        )
+        for number in range(self._batches.steps):
+            own = on_replicas.step(number)
+            if own is None:
+                break
+            judgement.add(number + 1, steps.before(number), steps.step(number), own)
+        return judgement
 
     def _rounded(self, strategy: Any, steps: Steps, tolerances: Tolerances, hold: bool) -> Steps:
         """One device again, with weights and inputs that are off by a rounding."""
@@ -132,6 +142,30 @@ class Proof:
             for measured in measure(pair):
                 tolerances.note(measured)
             rounded.forget(number)
+
+    def _note_order(self, strategy: Any, steps: Steps, tolerances: Tolerances, hold: bool) -> None:
+        """Take in what the order of the examples makes of gradients on one device.
+
+        A gradient is a sum over examples whose terms may cancel; its rounding is by the order in
+        which they are added, which replicas change. Where the outputs depend on the order too, as
+        those of virtual batches or random layers do, it says nothing of rounding.
+        """
+        shuffled = steps.beside("shuffled")
+        self._run(self._batches.shuffled(_SEED), strategy, steps.before, shuffled.keep, hold)
+        found: list[Measured] = []
+        for number in range(self._batches.steps):
+            before, reference = steps.before(number), steps.step(number)
+            own = shuffled.step(number)
+            pair = Pair(
+                steps.structure(), before, reference, shuffled.structure(), own, Sharing(), {}
+            )
+            found += measure(pair)
+            shuffled.forget(number)
+        outputs = [one for one in found if one.kind in {Kind.INPUT, Kind.OUTPUT}]
+        if all(one.difference <= tolerances.of(one) for one in outputs):
+            for one in found:
+                if one.kind is Kind.GRADIENT:
+                    tolerances.note(one)
 
     def _run(
         self,

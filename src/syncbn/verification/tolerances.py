@@ -52,7 +52,9 @@ class Tolerances:
     ε is one rounding of the coarsest dtype up to there, depth the number of calls of layers up to
     there (twice all of them for gradients and weights, whose rounding adds up both ways), and
     `amplified` what one device makes of weights and inputs that are each off by one rounding: the
-    largest such difference of any step. It grows where a model is badly conditioned.
+    largest such difference of any step. It grows where a model is badly conditioned. Where nothing
+    but gradients departs, also what it makes of the same examples in another order: a gradient is a
+    sum over them, whose terms may cancel.
 
     Args:
         structure: of the model on one device.
@@ -109,7 +111,8 @@ class Tolerances:
             f"{factor} · (ε · √depth + amplified), with ε = {epsilon:.1e} of the coarsest dtype, "
             f"depth = the number of calls of layers before (of {depth}; twice all of them for "
             "gradients and weights), and what one device makes of weights and inputs that are off "
-            "by one rounding. Batch normalizations are compared with float64 NumPy over their own "
-            f"inputs too, within {factor} · ε · (1 + |mean| / deviation). Weights may also differ "
+            "by one rounding; where gradients alone depart also of examples in another order. "
+            "Batch normalizations are compared with float64 NumPy over their own inputs too, "
+            f"within {factor} · ε · (1 + |mean| / deviation). Weights may also differ "
             "by what their gradient's tolerance allows, and not at all between replicas."
         )
