@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from syncbn._backends.torch import leaving  # noqa: F401 - registers what it does at the end
 from syncbn._backends.torch.namespace import xp
 from syncbn.errors import NotSynchronizableError
 from syncbn.groups import Groups
