@@ -19,7 +19,6 @@ MODELS = {
     "Xception": (40, 0, 96),
     "DenseNet121": (59, 62, 64),
 }
-SMALL = ("MobileNetV2",)
 
 
 def made(name, size):
@@ -39,9 +38,8 @@ def made(name, size):
     return model
 
 
-@pytest.mark.parametrize(
-    "name", [one if one in SMALL else pytest.param(one, marks=pytest.mark.models) for one in MODELS]
-)
+@pytest.mark.models
+@pytest.mark.parametrize("name", MODELS)
 def test_a_model_of_keras_applications_folds(name):
     folded, left, size = MODELS[name]
     model = made(name, size)
