@@ -30,17 +30,17 @@ help:
 	@echo "make lock           resolve requirements.in into requirements.lock"
 	@echo "make clean          remove .venv and every cache"
 
+# Python compiles what is imported, when it is; pip would compile all of every package, for a minute.
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 $(READY): requirements.lock requirements-alone.lock pyproject.toml
 	@test -n "$(PYTHON)" || { echo "syncbn needs Python 3.11, 3.12 or 3.13: none was found." \
 		"Install one, or name it: make PYTHON=/path/to/python"; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "$(PYTHON) has no venv module:" \
 		"install it (on Debian and Ubuntu: apt install python3-venv)"; exit 1; }
 	$(PYTHON) -m venv --clear .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
-		-r requirements-alone.lock
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-		--no-build-isolation --no-deps --editable .
+	$(INSTALL) -r requirements.lock
+	$(INSTALL) --no-deps -r requirements-alone.lock
+	$(INSTALL) --no-build-isolation --no-deps --editable .
 	@touch $@
 
 demo: $(READY)

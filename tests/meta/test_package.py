@@ -66,7 +66,7 @@ def new_environment(folder, requirement, *options):
     venv.create(folder, with_pip=True, clear=True)
     python = folder / "bin" / "python"
     pip = (python, "-m", "pip", "--disable-pip-version-check")
-    run(*pip, "install", "--quiet", *options, requirement, folder=folder)
+    run(*pip, "install", "--quiet", "--no-compile", *options, requirement, folder=folder)
     run(*pip, "check", folder=folder)
     return python
 

@@ -172,7 +172,11 @@ def test_a_hang_up_that_is_ignored_is_not_handed_on(launch):
 
 def test_without_any_output_it_runs_as_well(launch):
     one = launch(
-        START + "print('x' * 100); print('y', file=sys.stderr); ready(); sys.exit(RANK * 4)"
+        START
+        + "print('x' * 100); print('y', file=sys.stderr); ready()\n"
+        # The one that fails ends the other.
+        + "while not os.path.exists('ready0-0'): time.sleep(0.01)\n"
+        + "sys.exit(RANK * 4)"
     )
     one.command[-1:-1] = ["--log-dir", "logs"]
     script = 'exec "$@" <&- >&- 2>&-'
