@@ -24,7 +24,7 @@ help:
 	@echo "make test-scenarios Keras's training on replicas and workers, the whole table (20 minutes)"
 	@echo "make test-survival  resuming, workers that part or are killed, the whole selftest, a long soak"
 	@echo "make test-frameworks all cases on each framework, models between them (30 minutes)"
-	@echo "make test-engines   Ray on JAX and torch, more shapes of Slurm and MPI, at length"
+	@echo "make test-engines   Ray on JAX and torch, more of Slurm and MPI, slow blocks of pages (20 minutes)"
 	@echo "make test-versions  the contract on older TensorFlow and Keras (30 minutes)"
 	@echo "make test-doctor    the doctor's table, each TensorFlow in an environment of its own (half an hour)"
 	@echo "make lock           resolve requirements.in into requirements.lock"

@@ -64,6 +64,7 @@ def _iou(printed):
     return {kind: float(value) for kind, value in ends.items()}
 
 
+@pytest.mark.engines
 def test_segmentation_needs_statistics_of_all_replicas(tmp_path):
     iou = _iou(run(tmp_path, FOLDER / "segmentation.py", "--quick"))
     assert iou["synchronized"] > iou["local"] + 0.1
