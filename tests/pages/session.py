@@ -35,7 +35,7 @@ for line in sys.stdin:
 """
 
 ENVIRONMENTS = {
-    "tensorflow": {"KERAS_BACKEND": "tensorflow"},
+    "tensorflow": {},  # Keras's own choice, as of a reader who has chosen nothing
     "jax": {
         "KERAS_BACKEND": "jax",
         "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
@@ -53,6 +53,7 @@ class BlockError(AssertionError):
 def environment(backend: str) -> dict[str, str]:
     """What a program of a page finds: the project's commands, the CPU, no colours."""
     unset = {"SYNCBN_KERAS", "SYNCBN_MUTANT", "TF_CONFIG", "XLA_FLAGS", "TF_USE_LEGACY_KERAS"}
+    unset |= {"KERAS_BACKEND"}
     inherited = {name: value for name, value in os.environ.items() if name not in unset}
     return {
         **inherited,
