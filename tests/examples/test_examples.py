@@ -34,6 +34,7 @@ def numbers(pattern, text):
     return found
 
 
+@pytest.mark.engines
 def test_one_machine_shows_that_the_plain_layer_is_local_and_ours_is_not(tmp_path):
     printed = run(tmp_path, FOLDER / "one_machine.py")
     local, synchronized = numbers(r"Δ to one device (\S+),", printed)
@@ -52,6 +53,7 @@ def test_several_workers_train_what_one_device_trains(tmp_path):
     assert max(numbers(r"Δ to one device (\S+)", printed)) < 1e-9
 
 
+@pytest.mark.engines
 def test_a_layer_and_a_loop_of_ones_own_train_what_one_device_trains(tmp_path):
     printed = run(tmp_path, FOLDER / "custom_layer.py", "--steps", "12")
     assert numbers(r"any weight: (\S+)", printed)[0] < 1e-10

@@ -155,6 +155,7 @@ def test_a_task_that_does_not_come_up_is_named(under):
     assert re.search(r"worker 1 \(127\.0\.0\.1:\d+\): Connection refused. Is the launcher", output)
 
 
+@pytest.mark.engines
 def test_a_script_of_sbatch_has_workers_of_its_own(under, tmp_path):
     """Outside of srun its variables speak of a job, and of a task 0 that nobody started."""
     script = tmp_path / "script.sh"

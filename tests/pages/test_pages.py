@@ -12,6 +12,19 @@ from tests.pages.running import Page
 
 ROOT = Path(__file__).parents[2]
 PAGES = [page for page in pages(ROOT) if blocks_of(page)]
+# Programs that take long, of which other tests train the like: by `make test-engines`.
+LONG = {
+    f"docs/how-to/{one}.md"
+    for one in (
+        "conversion",
+        "detector",
+        "from-horovod",
+        "jax-torch",
+        "mixed-precision",
+        "multi-worker",
+        "several-machines",
+    )
+}
 SLOW = [page for page in PAGES if any("engines" in block.options for block in blocks_of(page))]
 
 
@@ -32,7 +45,14 @@ def name(page):
     return str(page.relative_to(ROOT))
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name)
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, marks=pytest.mark.engines) if name(page) in LONG else page
+        for page in PAGES
+    ],
+    ids=name,
+)
 def test_every_block_of_a_page_does_what_the_page_says(page, tmp_path):
     Page(page, tmp_path, engines=False).run()
 
