@@ -52,7 +52,7 @@ def pytest_ignore_collect(collection_path):
 # What has a command of its own, which runs all of it.
 _SLOW = ("benchmarks", "engines", "frameworks", "models", "scenarios", "survival")
 # Of so many cases of a test one is run.
-_STEP = 12 if TF_KERAS or BACKEND in _FOLDERS else 8
+_STEP = 16 if TF_KERAS or BACKEND in _FOLDERS else 8
 # TensorFlow leaves out none of a test with few.
 _FEW = 4 if _STEP == 8 else 0
 # Chosen by their own tables already.
@@ -62,7 +62,7 @@ _CHOSEN = ("test_scenarios.py", "test_verify.py")
 def pytest_collection_modifyitems(config, items):
     """Every claim is tested on every backend in the time of `make test`, by fewer cases.
 
-    On JAX, torch and tf_keras by every twelfth case of each test, the first among them; on
+    On JAX, torch and tf_keras by every sixteenth case of each test, the first among them; on
     TensorFlow by every eighth where the contract or its own tests have many. SYNCBN_EVERY_CASE=1,
     as `make test-frameworks` has it, runs all.
     """

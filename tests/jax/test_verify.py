@@ -74,6 +74,7 @@ def test_layers_that_are_global_under_a_distribution_agree_masks_too(normalizati
     assert verdict.worst(Kind.GRADIENT).difference > 0
 
 
+@pytest.mark.frameworks
 def test_a_ragged_batch_agrees_by_distribute_dataset_and_is_named_without():
     verdict = verified(syncbn.SyncBatchNormalization, examples=16, repair=True)
     assert verdict.outcome is Outcome.AGREES, verdict

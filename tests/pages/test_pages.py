@@ -23,6 +23,7 @@ LONG = {
         "mixed-precision",
         "multi-worker",
         "several-machines",
+        "verify",
     )
 }
 SLOW = [page for page in PAGES if any("engines" in block.options for block in blocks_of(page))]
